@@ -1,0 +1,40 @@
+"""Package definition. `kernels/` is installed as `simnpo.kernels`: the name `kernels` belongs to Hugging Face's package."""
+
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+REPORTS = ["rich>=13", "matplotlib>=3.8", "jinja2>=3.1"]
+EVALUATION = ["rouge-score>=0.1.2", "scipy>=1.11"]
+
+setup(
+    name="simnpo",
+    version="0.1.0",
+    description="SimNPO and NPO unlearning with a loss that never materialises the logits",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    # find_namespace_packages follows the link simnpo/kernels -> ../kernels
+    packages=find_namespace_packages(include=["simnpo", "simnpo.*"]),
+    package_data={"simnpo": ["py.typed", "**/*.jsonl", "**/*.jinja"]},
+    install_requires=[
+        "torch>=2.8",
+        "numpy>=1.26",
+        "transformers>=5.0",
+        "accelerate>=1.1",
+        "peft>=0.17",
+        "safetensors>=0.4",
+        *REPORTS,
+        *EVALUATION,
+    ],
+    extras_require={
+        # torch's CUDA builds bring their own triton; this is for machines where they do not
+        "triton": ["triton>=3.4; sys_platform == 'linux'"],
+        "flash": ["flash-attn>=2.6"],
+        "gguf": ["gguf>=0.10"],
+        "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6", "gguf>=0.10", "triton>=3.4; sys_platform == 'linux'"],
+        "lint": ["ruff>=0.9", "pyright>=1.1.390"],
+    },
+    entry_points={"console_scripts": ["simnpo = simnpo.cli:main"]},
+)

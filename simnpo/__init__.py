@@ -1,0 +1,1 @@
+"""SimNPO and NPO unlearning with a loss that never materialises the logits."""
