@@ -34,7 +34,7 @@ setup(
         "flash": ["flash-attn>=2.6"],
         "gguf": ["gguf>=0.10"],
         "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6", "gguf>=0.10", "triton>=3.4; sys_platform == 'linux'"],
-        "lint": ["ruff>=0.9", "pyright>=1.1.390"],
+        "lint": ["ruff>=0.9", "pyright[nodejs]>=1.1.390"],
     },
     entry_points={"console_scripts": ["simnpo = simnpo.cli:main"]},
 )
