@@ -1,0 +1,123 @@
+"""What the public operations require of their arguments, and the one question they ask the device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from simnpo.kernels.backend import IGNORE_INDEX
+
+
+class Layout(NamedTuple):
+    """Where the tokens that count are, and whose they are.
+
+    rows: (n,) int64, positions of the counted tokens in the flattened batch, in order.
+    lengths: (B,) counted tokens of each sequence.   is_retain: (B,).
+    """
+
+    rows: Tensor
+    lengths: list[int]
+    is_retain: list[bool]
+
+
+def check_head(
+    hidden_states: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> None:
+    """Shapes, dtypes and devices of what every operation on hidden states takes."""
+    if hidden_states.dim() not in (2, 3):
+        raise ValueError(f"hidden_states must be (B, T, D), or packed (N, D), got {tuple(hidden_states.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != hidden_states.shape[-1]:
+        raise ValueError(
+            f"lm_head_weight must be (V, {hidden_states.shape[-1]}) to match hidden_states, got {tuple(weight.shape)}"
+            + ("; outside its module a sharded weight is empty: gather it first" if weight.numel() == 0 else "")
+        )
+    if not weight.is_floating_point():
+        raise ValueError(f"lm_head_weight must be floating point, got {weight.dtype}: dequantise the head first")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
+    autocast = torch.is_autocast_enabled(hidden_states.device.type)
+    if hidden_states.dtype != weight.dtype and not autocast:
+        raise ValueError(
+            f"hidden_states and lm_head_weight must have one dtype, got {hidden_states.dtype} and {weight.dtype}: "
+            "cast one of them or run under torch.autocast"
+        )
+    if not scale != 0 or (softcap is not None and not softcap > 0):
+        raise ValueError(f"logit_scale must not be 0 and logit_softcap must be positive, got {scale} and {softcap}")
+    check_targets(hidden_states, targets)
+    for name, tensor in (("lm_head_weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != hidden_states.device:
+            raise ValueError(f"{name} must be on {hidden_states.device} like hidden_states, got {tensor.device}")
+
+
+def check_targets(values: Tensor, targets: Tensor) -> None:
+    """`targets` against the hidden states or logits they belong to."""
+    if targets.shape != values.shape[:-1]:
+        raise ValueError(f"targets must be {tuple(values.shape[:-1])}, got {tuple(targets.shape)}")
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"targets must be int64, got {targets.dtype}")
+    if targets.device != values.device:
+        raise ValueError(f"targets must be on {values.device}, got {targets.device}")
+
+
+def check_sequences(
+    B: int, retain_mask: Tensor | None, ref_logps: Tensor | None, needs_ref_logps: bool, objective: object
+) -> None:
+    """The per-sequence arguments."""
+    if B == 0:
+        raise ValueError("the batch must hold at least one sequence, got none")
+    if needs_ref_logps and ref_logps is None:
+        raise ValueError(
+            f"{type(objective).__name__} needs ref_logps, the (B,) log-probabilities of the sequences under the reference "
+            "policy: compute them once with linear_logps before training, or use SimNPO, which needs none"
+        )
+    for name, tensor in (("retain_mask", retain_mask), ("ref_logps", ref_logps)):
+        if tensor is not None and tensor.shape != (B,):
+            raise ValueError(f"{name} must be ({B},), one per sequence, got {tuple(tensor.shape)}")
+    if retain_mask is not None and retain_mask.dtype != torch.bool:
+        raise ValueError(f"retain_mask must be bool, got {retain_mask.dtype}")
+
+
+def sequence_bounds(targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """(B + 1,) int64, where each sequence of the flattened batch starts and ends."""
+    if targets.dim() == 2:
+        if cu_seqlens is not None:
+            raise ValueError(
+                "cu_seqlens goes with packed (N, D) hidden_states; in a (B, T, D) batch the rows are the sequences"
+            )
+        B, T = targets.shape
+        return torch.arange(B + 1, device=targets.device) * T
+    if cu_seqlens is None:
+        raise ValueError("packed (N, D) hidden_states need cu_seqlens, the (B + 1,) bounds of the sequences")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.is_floating_point():
+        raise ValueError(f"cu_seqlens must be (B + 1,) integers, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
+    return cu_seqlens.to(targets.device, torch.int64)
+
+
+def read_layout(targets: Tensor, bounds: Tensor, retain_mask: Tensor | None, V: int) -> Layout:
+    """Count the tokens of each sequence and validate the targets: one wait for the device, whatever the batch.
+
+    Args:
+        targets: (N,) flattened.   bounds: (B + 1,) int64.   retain_mask: (B,) bool or None.
+
+    Raises:
+        ValueError: a target is neither IGNORE_INDEX nor in [0, V); the bounds do not run from 0 to N in order.
+    """
+    N, B = len(targets), len(bounds) - 1
+    counted = targets != IGNORE_INDEX
+    counts = torch.nn.functional.pad(counted.cumsum(0), (1, 0))
+    lengths = counts[bounds.clamp(0, N)].diff()
+    outside = counted & ((targets < 0) | (targets >= V))
+    in_order = (bounds.diff() >= 0).all() & (bounds[0] == 0) & (bounds[-1] == N)
+    retain = lengths.new_zeros(B) if retain_mask is None else retain_mask.to(lengths)
+    facts = torch.cat([lengths, retain, outside.any()[None].to(lengths), in_order[None].to(lengths)]).tolist()
+    if not facts[-1]:
+        raise ValueError(f"cu_seqlens must rise from 0 to the {N} packed tokens, got {bounds.tolist()}")
+    if facts[-2]:
+        where = int(outside.nonzero()[0])
+        raise ValueError(
+            f"targets must be in [0, {V}) or {IGNORE_INDEX}, got {int(targets[where])} at flattened position {where}"
+        )
+    rows = torch.nonzero_static(counted, size=sum(facts[:B]))[:, 0]
+    return Layout(rows, facts[:B], [bool(retain) for retain in facts[B : 2 * B]])

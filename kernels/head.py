@@ -1,0 +1,51 @@
+"""The head as the kernels see it: a matrix in the dtype of its products, and what stands between products and logits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LogitTransform(NamedTuple):
+    """logits = softcap(scale * (h W^T + bias)), in that order: Cohere and Granite scale, Gemma caps, Phi has a bias.
+
+    bias: (V,) or None.   scale: factor.   softcap: the c of c tanh(x / c), or None.
+    """
+
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, products: Tensor) -> Tensor:
+        """The logits of (..., V) products; overwrites them."""
+        if self.bias is not None:
+            products.add_(self.bias)
+        if self.scale != 1.0:
+            products.mul_(self.scale)
+        if self.softcap is not None:
+            products.div_(self.softcap).tanh_().mul_(self.softcap)
+        return products
+
+    def columns(self, columns: slice) -> LogitTransform:
+        """The transform of a slab of the vocabulary."""
+        return self._replace(bias=None if self.bias is None else self.bias[columns])
+
+    def at(self, targets: Tensor, products: Tensor) -> Tensor:
+        """The logits of one column per row: (N,) products at (N,) targets; overwrites the products."""
+        bias = None if self.bias is None else self.bias[targets]
+        return LogitTransform(bias, self.scale, self.softcap)(products)
+
+
+def float_dtype(tensor: Tensor) -> torch.dtype:
+    """What a reduction over `tensor` is computed in: float32, and float64 for float64."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def product_dtype(hidden_states: Tensor, lm_head_weight: Tensor) -> torch.dtype:
+    """The dtype the head multiplies in: the operands', or autocast's where it is on, as in `F.linear`."""
+    device_type = hidden_states.device.type
+    if torch.is_autocast_enabled(device_type) and hidden_states.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return lm_head_weight.dtype

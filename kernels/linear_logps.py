@@ -1,0 +1,234 @@
+"""Per-token log-probabilities from hidden states, without the logits: never more than a chunk of them at a time.
+
+    logps[n] = z[n, targets[n]] - logsumexp(z[n, :])            z = softcap(scale * (h W^T + bias)); 0 where ignored
+
+Differentiable for any loss on top. With G = 2 N D V flop, one product with the head:
+
+    nothing differentiable      1G    log-probabilities only
+    frozen head                 2G    the forward keeps J = (onehot - p) W, (N, D); the backward scales its rows
+    trained head                4G    the backward recomputes the logits in slabs of the vocabulary
+
+Dimension key, here and in the test:
+    N  tokens that count      D  hidden size      V  vocabulary      n  tokens of a chunk
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from simnpo.kernels.backend import IGNORE_INDEX, Impl
+from simnpo.kernels.checks import check_head, read_layout
+from simnpo.kernels.chunks import default_chunk_tokens, even_chunks
+from simnpo.kernels.gemm import mm_float32
+from simnpo.kernels.head import LogitTransform, float_dtype, product_dtype
+from simnpo.kernels.passes import Passes, passes_for
+
+
+class HeadOptions(NamedTuple):
+    """What does not change from chunk to chunk."""
+
+    transform: LogitTransform
+    dtype: torch.dtype
+    chunk_tokens: int
+    passes: Passes
+
+
+def head_chunk(
+    x: Tensor, weight: Tensor, targets: Tensor, buffer: Tensor, options: HeadOptions, *, write_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One chunk through the head: x (n, D), targets (n,) -> chunk (n, V), logps, lse, target_logits (n,).
+
+    `chunk` is a view of `buffer`; with write_gradient it holds d logps / d (h W^T).
+    """
+    chunk = torch.mm(x, weight.t(), out=buffer[: len(x)])
+    target_logits = options.transform.at(targets, options.passes.indexed_dot(x, weight, targets))
+    logps, lse = options.passes.row_pass(
+        chunk, targets, target_logits, options.transform, write_gradient=write_gradient
+    )
+    return chunk, logps, lse, target_logits
+
+
+def _linear_logps_fwd(
+    hidden_states: Tensor, weight: Tensor, targets: Tensor, rows: Tensor, options: HeadOptions, keep_jacobian: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logps, lse, target_logits (n,) and J (n, D), or (0, D) where it is not kept."""
+    N = len(rows)
+    per_row = torch.empty(3, N, dtype=float_dtype(weight), device=weight.device)
+    # fp16 cannot hold the gradient of a memorised token, 1e-6; bf16 has float32's range
+    jacobian_dtype = torch.float32 if options.dtype == torch.float16 else options.dtype
+    jacobian = weight.new_empty(N if keep_jacobian else 0, weight.shape[1], dtype=jacobian_dtype)
+    buffer = weight.new_empty(min(N, options.chunk_tokens), weight.shape[0])
+    for start, stop in even_chunks(N, options.chunk_tokens):
+        chunk_rows = rows[start:stop]
+        x = hidden_states[chunk_rows].to(options.dtype)
+        chunk, *stats = head_chunk(x, weight, targets[chunk_rows], buffer, options, write_gradient=keep_jacobian)
+        for out, values in zip(per_row, stats, strict=True):
+            out[start:stop] = values
+        if keep_jacobian:
+            jacobian[start:stop] = (
+                mm_float32(chunk, weight) if jacobian_dtype != options.dtype else torch.mm(chunk, weight)
+            )
+    logps, lse, target_logits = per_row
+    return logps, lse, target_logits, jacobian
+
+
+def _linear_logps_bwd(
+    x: Tensor, weight: Tensor, targets: Tensor, stats: tuple[Tensor, Tensor, Tensor], dlogps: Tensor,
+    options: HeadOptions, needs: tuple[bool, bool, bool], weight_dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """dx (N, D), dweight (V, D), dbias (V,) of the trained head: the logits again, a slab of the vocabulary at a time."""
+    (N, D), V = x.shape, weight.shape[0]
+    logps, lse, target_logits = stats
+    needs_x, needs_weight, needs_bias = needs
+    wide = float_dtype(weight)
+    scaled_x = options.passes.scale_rows(x, dlogps, torch.empty_like(x)) if needs_weight else None
+    dx = x.new_zeros(N, D, dtype=wide) if needs_x else None
+    dweight = weight.new_empty(V, D, dtype=weight_dtype) if needs_weight else None
+    dbias = weight.new_empty(V, dtype=wide) if needs_bias else None
+
+    # N x slab logits take the memory of chunk_tokens x V
+    slab = max(1, min(V, options.chunk_tokens * V // max(N, 1)))
+    buffer = weight.new_empty(N * slab)
+    for start in range(0, V, slab):
+        columns = slice(start, min(start + slab, V))
+        width = columns.stop - start
+        chunk = torch.mm(x, weight[columns].t(), out=buffer[: N * width].view(N, width))
+        options.passes.slab_gradient_(
+            chunk, targets - start, target_logits, logps, lse, options.transform.columns(columns)
+        )  # fmt: skip
+        if dweight is not None and scaled_x is not None:
+            dweight[columns] = torch.mm(chunk.t(), scaled_x)
+        if dx is not None:
+            dx += torch.mm(chunk, weight[columns])
+        if dbias is not None:
+            dbias[columns] = column_sums(chunk, dlogps)
+    if dx is not None:
+        options.passes.scale_rows(dx, dlogps, dx)
+    return dx, dweight, dbias
+
+
+def column_sums(chunk: Tensor, coefs: Tensor) -> Tensor:
+    """sum_n coefs[n] chunk[n, :], (V,) float32, over blocks of rows so that no float32 copy of the chunk exists."""
+    total = torch.zeros(chunk.shape[1], dtype=float_dtype(chunk), device=chunk.device)
+    for start in range(0, len(chunk), 64):
+        rows = slice(start, start + 64)
+        total += (chunk[rows].to(total.dtype) * coefs[rows, None]).sum(0)
+    return total
+
+
+class _LinearLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_states, weight, bias, targets, rows, options, needs):
+        N, D = hidden_states.shape
+        product_weight = weight.to(options.dtype)
+        needs_x, needs_weight, needs_bias = needs
+        frozen = not (needs_weight or needs_bias)
+        logps, lse, target_logits, jacobian = _linear_logps_fwd(
+            hidden_states, product_weight, targets, rows, options, keep_jacobian=needs_x and frozen
+        )
+        ctx.options, ctx.needs, ctx.shape, ctx.dtype = options, needs, (N, D), hidden_states.dtype
+        if frozen:
+            ctx.save_for_backward(jacobian, rows)
+        else:
+            ctx.save_for_backward(hidden_states, weight, bias, targets, rows, logps, lse, target_logits)
+        return logps.new_zeros(N).index_copy_(0, rows, logps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlogps):
+        dhidden = torch.zeros(ctx.shape, dtype=ctx.dtype, device=dlogps.device) if ctx.needs[0] else None
+        scale_rows = ctx.options.passes.scale_rows
+        if not any(ctx.needs[1:]):
+            jacobian, rows = ctx.saved_tensors
+            return scale_rows(jacobian, dlogps[rows], dhidden, rows), *[None] * 6
+        hidden_states, weight, bias, targets, rows, *stats = ctx.saved_tensors
+        dlogps = dlogps[rows]
+        with torch.autocast(dlogps.device.type, enabled=False):
+            dx, dweight, dbias = _linear_logps_bwd(
+                hidden_states[rows].to(ctx.options.dtype), weight.to(ctx.options.dtype), targets[rows], stats, dlogps,
+                ctx.options, ctx.needs, weight.dtype,
+            )  # fmt: skip
+        if dhidden is not None:
+            dhidden.index_copy_(0, rows, dx.to(dhidden.dtype))
+        return dhidden, dweight, None if dbias is None else dbias.to(bias.dtype), *[None] * 4
+
+
+@torch.compiler.disable
+def linear_logps(
+    hidden_states: Tensor, lm_head_weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, logit_scale: float = 1.0,
+    logit_softcap: float | None = None, chunk_tokens: int | None = None, impl: Impl = "auto",
+) -> Tensor:  # fmt: skip
+    """Log-probability of each target, without materialising the logits.
+
+    Differentiable in hidden_states, lm_head_weight and bias, for any loss on top. Where they ask for no gradient none
+    is computed: a frozen head costs half a trained one.
+
+    Args:
+        hidden_states: (B, T, D), or packed (N, D); float16, bfloat16, float32 or float64.
+        lm_head_weight: (V, D), same dtype; under torch.autocast both are cast as `F.linear` would.
+        targets: (B, T) or (N,) int64 in [0, V), already shifted, -100 where ignored.
+        bias: (V,) or None.
+        logit_scale, logit_softcap: logits = c tanh(scale * (h W^T + bias) / c), without the tanh for None.
+        chunk_tokens: rows of logits alive at once; None chooses by memory.
+        impl: "auto", "triton" or "torch".
+
+    Returns:
+        per_token_logps: (B, T) or (N,) float32 (float64 for float64 input), nats; 0 where the target is ignored.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, a target is outside [0, V), or impl cannot run here.
+    """
+    check_head(hidden_states, lm_head_weight, targets, bias, logit_scale, logit_softcap)
+    flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+    flat_targets = targets.reshape(-1)
+    bounds = torch.tensor([0, len(flat_targets)], device=targets.device)
+    layout = read_layout(flat_targets, bounds, None, lm_head_weight.shape[0])
+    needs = needs_gradient(hidden_states, lm_head_weight, bias)
+    options = head_options(
+        hidden_states, lm_head_weight, bias, logit_scale, logit_softcap, chunk_tokens, impl, any(needs[1:])
+    )
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        logps = _LinearLogps.apply(flat, lm_head_weight, bias, flat_targets, layout.rows, options, needs)
+    return logps.view(targets.shape)
+
+
+def needs_gradient(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
+    """Who takes a gradient; nobody does under torch.no_grad."""
+    on = torch.is_grad_enabled()
+    return (
+        on and hidden_states.requires_grad,
+        on and weight.requires_grad,
+        on and bias is not None and bias.requires_grad,
+    )
+
+
+def head_options(
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None,
+    chunk_tokens: int | None, impl: str, head_is_trained: bool,
+) -> HeadOptions:  # fmt: skip
+    """Resolve dtype, chunk size and implementation."""
+    dtype = product_dtype(hidden_states, weight)
+    if chunk_tokens is None:
+        chunk_tokens = default_chunk_tokens(weight.shape[0], dtype.itemsize, head_is_trained=head_is_trained)
+    elif chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
+    transform = LogitTransform(None if bias is None else bias.detach(), float(scale), softcap)
+    return HeadOptions(transform, dtype, chunk_tokens, passes_for(impl, hidden_states))
+
+
+def linear_logps_torch(
+    hidden_states: Tensor, lm_head_weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+) -> Tensor:  # fmt: skip
+    """`linear_logps` with all the logits, by autograd: the definition the tests hold it to."""
+    logits = logit_scale * torch.nn.functional.linear(hidden_states, lm_head_weight, bias)
+    logits = logits.to(float_dtype(logits))
+    if logit_softcap is not None:
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
+    counted = targets != IGNORE_INDEX
+    logps = logits.log_softmax(-1).gather(-1, targets.where(counted, 0).unsqueeze(-1)).squeeze(-1)
+    return logps.where(counted, 0)

@@ -1,0 +1,310 @@
+"""SimNPO, NPO and gradient ascent with their retain term, from hidden states, in one pass without the logits.
+
+    loss = forget_coef mean_i f(logps of forget sequence i) + retain_coef (mean over retain tokens of -logp)
+
+The derivative of the loss with respect to the logits of token t is coefs[t] (onehot - p), with one coefficient a
+sequence, known as soon as its last token is. So with G = 2 N D V flop, one product with the head:
+
+    nothing differentiable      1G
+    frozen head                 2G    all of J = (onehot - p) W first, then dH = coefs J
+    trained head                3G    chunks end where sequences end: dH = coefs (dZ W), dW += dZ^T (coefs H)
+
+The coefficients always scale the (n, D) side. A forget sequence longer than a chunk adds its unscaled dZ^T H to a
+float32 (V, D) buffer of its own, or to dW itself while that is empty, and is scaled once.
+
+Dimension key, here and in the test:
+    B  sequences      N  tokens that count, in the order of the plan      D  hidden size      V  vocabulary
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from simnpo.kernels.backend import Impl
+from simnpo.kernels.checks import Layout, check_head, check_sequences, read_layout, sequence_bounds
+from simnpo.kernels.chunks import Span, aligned_spans, even_chunks
+from simnpo.kernels.gemm import add_mm_, mm_float32
+from simnpo.kernels.head import float_dtype
+from simnpo.kernels.linear_logps import HeadOptions, column_sums, head_chunk, head_options, needs_gradient
+from simnpo.kernels.sequence_pass import SequenceResults
+from simnpo.objectives import Objective
+
+
+class UnlearnLoss(NamedTuple):
+    """What an unlearning loss returns; only `loss` is differentiable.
+
+    loss: () the objective to minimise.
+    forget_loss: () mean over the forget sequences, 0 without any.
+    retain_loss: () negative log-likelihood per retain token, nats, 0 without any.
+    logps: (B,) log-probability of each sequence, nats.
+    num_tokens: (B,) int64, tokens that count.
+    weights: (B,) derivative of a forget sequence's own loss in each of its token log-probabilities; 0 for retain.
+    """
+
+    loss: Tensor
+    forget_loss: Tensor
+    retain_loss: Tensor
+    logps: Tensor
+    num_tokens: Tensor
+    weights: Tensor
+
+
+class SequencePlan(NamedTuple):
+    """The sequences of a batch in the order they go through the head, and the coefficients they start with.
+
+    rows: (N,) positions of the tokens in the flattened batch.
+    offsets: (S + 1,) bounds of the S sequences that have tokens.   sequences: (S,) their places in the batch.
+    num_tokens: (B,) int64.   is_retain: (B,) bool.   ref_logps: (B,) or None.
+    coefs: (N,) d loss / d logp: of retain tokens from the start, of forget tokens from the sequence pass on.
+    forget_scale: forget_coef over the number of forget sequences.
+    """
+
+    rows: Tensor
+    offsets: Tensor
+    sequences: Tensor
+    num_tokens: Tensor
+    is_retain: Tensor
+    ref_logps: Tensor | None
+    coefs: Tensor
+    forget_scale: float
+    spans: list[Span]
+    objective: Objective
+
+    def reduce(self, span: Span, token_logps: Tensor, results: SequenceResults, options: HeadOptions) -> None:
+        """Run the sequence pass over the sequences that end with this span."""
+        first, last = span.sequences
+        options.passes.sequence_pass(
+            token_logps, self.coefs, self.offsets[first : last + 1], self.sequences[first:last], self.is_retain, results,
+            self.objective, self.ref_logps, self.forget_scale,
+        )  # fmt: skip
+
+
+def make_plan(
+    layout: Layout, objective: Objective, ref_logps: Tensor | None, forget_coef: float, retain_coef: float,
+    dtype: torch.dtype, chunk_tokens: int, *, aligned: bool,
+) -> SequencePlan:  # fmt: skip
+    """Order the sequences for the schedule: aligned to chunks, or as they come in one span cut anywhere."""
+    rows, lengths, is_retain = layout
+    device, B = rows.device, len(lengths)
+    if aligned:
+        order, spans = aligned_spans(lengths, is_retain, chunk_tokens)
+    else:
+        order = [b for b in range(B) if lengths[b]]
+        spans = [Span(even_chunks(len(rows), chunk_tokens), (0, len(order)), weight_known_late=True)]
+
+    def on_device(values: list) -> Tensor:
+        return torch.tensor(values, device=device)
+
+    num_tokens, retain = on_device(lengths), on_device(is_retain)
+    sequences = torch.tensor(order, dtype=torch.int64, device=device)
+    offsets = torch.nn.functional.pad(num_tokens[sequences].cumsum(0), (1, 0))
+    if order != sorted(order):
+        starts = num_tokens.cumsum(0) - num_tokens
+        shift = starts[sequences] - offsets[:-1]
+        shift = shift.repeat_interleave(num_tokens[sequences], output_size=len(rows))
+        rows = rows[shift + torch.arange(len(rows), device=device)]
+    num_retain = sum(n for n, known in zip(lengths, is_retain, strict=True) if known)
+    num_forget = B - sum(is_retain)
+    coefs = torch.zeros(B, dtype=dtype, device=device).masked_fill_(retain, -retain_coef / max(num_retain, 1))
+    coefs = coefs[sequences].repeat_interleave(num_tokens[sequences], output_size=len(rows))
+    ref_logps = None if ref_logps is None else ref_logps.to(device, dtype)
+    return SequencePlan(
+        rows, offsets, sequences, num_tokens, retain, ref_logps, coefs, forget_coef / max(num_forget, 1), spans, objective
+    )  # fmt: skip
+
+
+class _Gradients:
+    """dx (N, D) in the order of the plan, dweight (V, D) and dbias (V,), as far as they are needed."""
+
+    def __init__(self, N: int, weight: Tensor, needs: tuple[bool, bool, bool], num_products: int, options: HeadOptions):
+        V, D = weight.shape
+        wide = float_dtype(weight)
+        self.options, self.weight = options, weight
+        self.dx = (
+            weight.new_empty(N, D, dtype=torch.float32 if options.dtype == torch.float16 else None)
+            if needs[0]
+            else None
+        )
+        self.dbias = weight.new_zeros(V, dtype=wide) if needs[2] else None
+        self.needs_weight = needs[1]
+        # one product for the whole batch is its own sum: no float32 (V, D) beside it
+        self.sums_products = num_products > 1
+        self.dweight: Tensor | None = None
+
+    def add_rows(self, rows: slice, chunk: Tensor, x: Tensor, coefs: Tensor) -> None:
+        """A chunk whose coefficients are known."""
+        if self.dx is not None:
+            self._put_dx(rows, chunk)
+            self.options.passes.scale_rows(self.dx[rows], coefs[rows], self.dx[rows])
+        if self.needs_weight:
+            scaled_x = self.options.passes.scale_rows(x, coefs[rows], torch.empty_like(x))
+            self.dweight = self._add(self.dweight, chunk.t(), scaled_x)
+        if self.dbias is not None:
+            self.dbias += column_sums(chunk, coefs[rows])
+
+    def add_late_rows(self, rows: slice, chunk: Tensor, x: Tensor, sums: tuple[Tensor | None, Tensor | None]):
+        """A piece of a sequence whose coefficient is not known yet: (dweight, dbias) sums of its own, unscaled."""
+        dweight, dbias = sums
+        if self.dx is not None:
+            self._put_dx(rows, chunk)
+        if self.needs_weight:
+            dweight = self._add(dweight, chunk.t(), x)
+        if self.dbias is not None:
+            columns = column_sums(chunk, torch.ones(len(chunk), dtype=self.dbias.dtype, device=chunk.device))
+            dbias = columns if dbias is None else dbias + columns
+        return dweight, dbias
+
+    def finish_late_rows(self, rows: slice, coefs: Tensor, sums: tuple[Tensor | None, Tensor | None]) -> None:
+        """The coefficient has come: scale what has waited for it."""
+        dweight, dbias = sums
+        if self.dx is not None:
+            self.options.passes.scale_rows(self.dx[rows], coefs[rows], self.dx[rows])
+        # one sequence, one coefficient: that of its first row
+        coef = coefs[rows.start]
+        if dweight is not None:
+            self.dweight = dweight.mul_(coef) if self.dweight is None else self.dweight.addcmul_(dweight, coef)
+        if self.dbias is not None and dbias is not None:
+            self.dbias.addcmul_(dbias, coef)
+
+    def _put_dx(self, rows: slice, chunk: Tensor) -> None:
+        if self.dx is None:
+            return
+        if self.dx.dtype == chunk.dtype:
+            torch.mm(chunk, self.weight, out=self.dx[rows])
+        else:
+            self.dx[rows] = mm_float32(chunk, self.weight)
+
+    def _add(self, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        if total is not None:
+            return add_mm_(total, a, b)
+        return mm_float32(a, b) if self.sums_products else torch.mm(a, b)
+
+
+def _linear_unlearn_loss_fwd(
+    hidden_states: Tensor, weight: Tensor, targets: Tensor, plan: SequencePlan, options: HeadOptions,
+    needs: tuple[bool, bool, bool],
+) -> tuple[SequenceResults, _Gradients]:  # fmt: skip
+    """The results of every sequence and the gradients of the loss, in as many products as the schedule promises."""
+    N, aligned = len(plan.rows), needs[1] or needs[2]
+    token_logps = torch.empty_like(plan.coefs)
+    results = SequenceResults.zeros(len(plan.num_tokens), token_logps)
+    pieces = [piece for span in plan.spans for piece in span.pieces]
+    gradients = _Gradients(N, weight, needs, len(pieces), options)
+    buffer = weight.new_empty(max((stop - start for start, stop in pieces), default=0), weight.shape[0])
+
+    for span in plan.spans:
+        late: tuple[Tensor | None, Tensor | None] = (None, None)
+        for piece in span.pieces:
+            rows = slice(*piece)
+            tokens = plan.rows[rows]
+            x = hidden_states[tokens].to(options.dtype)
+            chunk, token_logps[rows], _, _ = head_chunk(
+                x, weight, targets[tokens], buffer, options, write_gradient=any(needs)
+            )
+            if aligned and not span.weight_known_late:
+                if piece == span.pieces[-1]:
+                    plan.reduce(span, token_logps, results, options)
+                gradients.add_rows(rows, chunk, x, plan.coefs)
+            elif any(needs):
+                late = gradients.add_late_rows(rows, chunk, x, late)
+        if span.weight_known_late:
+            plan.reduce(span, token_logps, results, options)
+            if any(needs) and span.pieces:
+                gradients.finish_late_rows(slice(span.pieces[0][0], span.pieces[-1][1]), plan.coefs, late)
+    return results, gradients
+
+
+class _LinearUnlearnLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_states, weight, bias, targets, plan, options, needs, forget_coef, retain_coef):
+        results, gradients = _linear_unlearn_loss_fwd(
+            hidden_states, weight.to(options.dtype), targets, plan, options, needs
+        )  # fmt: skip
+        outputs = reduce_losses(plan, results, forget_coef, retain_coef)
+        dweight = None if gradients.dweight is None else gradients.dweight.to(weight.dtype)
+        ctx.save_for_backward(gradients.dx, dweight, gradients.dbias, plan.rows)
+        ctx.shape, ctx.dtype, ctx.scale_rows = hidden_states.shape, hidden_states.dtype, options.passes.scale_rows
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss, *_):
+        dx, dweight, dbias, rows = ctx.saved_tensors
+        dhidden = None
+        if dx is not None:
+            dhidden = torch.zeros(ctx.shape, dtype=ctx.dtype, device=dloss.device)
+            ctx.scale_rows(dx, dloss.expand(len(rows)).contiguous(), dhidden, rows)
+        return (
+            dhidden,
+            None if dweight is None else dweight * dloss.to(dweight.dtype),
+            None if dbias is None else (dbias * dloss).to(ctx.bias_dtype),
+            *[None] * 6,
+        )
+
+
+def reduce_losses(plan: SequencePlan, results: SequenceResults, forget_coef: float, retain_coef: float) -> UnlearnLoss:
+    """The batch's losses from those of its sequences, in float32."""
+    num_forget = (~plan.is_retain).sum().clamp(min=1)
+    num_retain_tokens = plan.num_tokens.where(plan.is_retain, 0).sum().clamp(min=1)
+    forget_loss = results.losses.where(~plan.is_retain, 0).sum() / num_forget
+    retain_loss = results.losses.where(plan.is_retain, 0).sum() / num_retain_tokens
+    loss = forget_coef * forget_loss + retain_coef * retain_loss
+    return UnlearnLoss(loss, forget_loss, retain_loss, results.logps, plan.num_tokens, results.weights)
+
+
+@torch.compiler.disable
+def linear_unlearn_loss(
+    hidden_states: Tensor, lm_head_weight: Tensor, targets: Tensor, objective: Objective, *, cu_seqlens: Tensor | None = None,
+    retain_mask: Tensor | None = None, ref_logps: Tensor | None = None, forget_coef: float = 1.0, retain_coef: float = 1.0,
+    bias: Tensor | None = None, logit_scale: float = 1.0, logit_softcap: float | None = None, gradient_error: float = 0.0,
+    chunk_tokens: int | None = None, impl: Impl = "auto",
+) -> UnlearnLoss:  # fmt: skip
+    """An unlearning loss of a batch of forget and retain sequences, without materialising the logits.
+
+    Args:
+        hidden_states: (B, T, D), one sequence a row; or packed (N, D) with cu_seqlens.
+        lm_head_weight: (V, D), same dtype; under torch.autocast both are cast as `F.linear` would.
+        targets: (B, T) or (N,) int64 in [0, V), already shifted, -100 where ignored.
+        objective: `SimNPO`, `NPO` or `GradAscent`.
+        cu_seqlens: (B + 1,) integers, bounds of the packed sequences.
+        retain_mask: (B,) bool, True for a retain sequence; None: all forget.
+        ref_logps: (B,) log-probabilities under the reference policy, nats, for NPO; ignored at retain sequences.
+        forget_coef, retain_coef: weights of the two terms. The paper's published lambda of TOFU is our forget_coef.
+        bias, logit_scale, logit_softcap: logits = c tanh(scale * (h W^T + bias) / c).
+        gradient_error: relative L2 error allowed in the gradient of the logits; 0, exact, is all there is so far.
+        chunk_tokens: rows of logits alive at once; None chooses by memory.
+        impl: "auto", "triton" or "torch".
+
+    Returns:
+        UnlearnLoss. A sequence without tokens has loss and gradient 0 and still counts in the mean.
+
+    Raises:
+        ValueError: an argument does not fit the others, a target is outside [0, V), ref_logps is missing for NPO.
+        NotImplementedError: gradient_error is not 0.
+    """
+    check_head(hidden_states, lm_head_weight, targets, bias, logit_scale, logit_softcap)
+    if gradient_error != 0:
+        raise NotImplementedError(f"gradient_error must be 0 (exact gradients), got {gradient_error}")
+    bounds = sequence_bounds(targets, cu_seqlens)
+    check_sequences(len(bounds) - 1, retain_mask, ref_logps, objective.needs_ref_logps, objective)
+    flat, flat_targets = hidden_states.reshape(-1, hidden_states.shape[-1]), targets.reshape(-1)
+    layout = read_layout(flat_targets, bounds, retain_mask, lm_head_weight.shape[0])
+    needs = needs_gradient(hidden_states, lm_head_weight, bias)
+    aligned = needs[1] or needs[2]
+    options = head_options(hidden_states, lm_head_weight, bias, logit_scale, logit_softcap, chunk_tokens, impl, aligned)
+    dtype = torch.float64 if options.dtype == torch.float64 else torch.float32
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        plan = make_plan(
+            layout, objective, ref_logps, forget_coef, retain_coef, dtype, options.chunk_tokens, aligned=aligned
+        )  # fmt: skip
+        return UnlearnLoss(
+            *_LinearUnlearnLoss.apply(
+                flat, lm_head_weight, bias, flat_targets, plan, options, needs, forget_coef, retain_coef
+            )
+        )
