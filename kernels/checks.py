@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from simnpo.kernels.backend import IGNORE_INDEX
+from simnpo.objectives import Objective
 
 
 class Layout(NamedTuple):
@@ -61,13 +62,11 @@ def check_targets(values: Tensor, targets: Tensor) -> None:
         raise ValueError(f"targets must be on {values.device}, got {targets.device}")
 
 
-def check_sequences(
-    B: int, retain_mask: Tensor | None, ref_logps: Tensor | None, needs_ref_logps: bool, objective: object
-) -> None:
+def check_sequences(B: int, retain_mask: Tensor | None, ref_logps: Tensor | None, objective: Objective) -> None:
     """The per-sequence arguments."""
     if B == 0:
         raise ValueError("the batch must hold at least one sequence, got none")
-    if needs_ref_logps and ref_logps is None:
+    if objective.needs_ref_logps and ref_logps is None:
         raise ValueError(
             f"{type(objective).__name__} needs ref_logps, the (B,) log-probabilities of the sequences under the reference "
             "policy: compute them once with linear_logps before training, or use SimNPO, which needs none"

@@ -97,9 +97,8 @@ def _linear_logps_bwd(
         columns = slice(start, min(start + slab, V))
         width = columns.stop - start
         chunk = torch.mm(x, weight[columns].t(), out=buffer[: N * width].view(N, width))
-        options.passes.slab_gradient_(
-            chunk, targets - start, target_logits, logps, lse, options.transform.columns(columns)
-        )  # fmt: skip
+        transform = options.transform.columns(columns)
+        options.passes.row_gradient(chunk, targets - start, target_logits, logps, lse, transform, chunk)
         if dweight is not None and scaled_x is not None:
             dweight[columns] = torch.mm(chunk.t(), scaled_x)
         if dx is not None:

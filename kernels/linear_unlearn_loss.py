@@ -30,6 +30,7 @@ from simnpo.kernels.chunks import Span, aligned_spans, even_chunks
 from simnpo.kernels.gemm import add_mm_, mm_float32
 from simnpo.kernels.head import float_dtype
 from simnpo.kernels.linear_logps import HeadOptions, column_sums, head_chunk, head_options, needs_gradient
+from simnpo.kernels.passes import Passes
 from simnpo.kernels.sequence_pass import SequenceResults
 from simnpo.objectives import Objective
 
@@ -74,10 +75,10 @@ class SequencePlan(NamedTuple):
     spans: list[Span]
     objective: Objective
 
-    def reduce(self, span: Span, token_logps: Tensor, results: SequenceResults, options: HeadOptions) -> None:
+    def reduce(self, span: Span, token_logps: Tensor, results: SequenceResults, passes: Passes) -> None:
         """Run the sequence pass over the sequences that end with this span."""
         first, last = span.sequences
-        options.passes.sequence_pass(
+        passes.sequence_pass(
             token_logps, self.coefs, self.offsets[first : last + 1], self.sequences[first:last], self.is_retain, results,
             self.objective, self.ref_logps, self.forget_scale,
         )  # fmt: skip
@@ -207,12 +208,12 @@ def _linear_unlearn_loss_fwd(
             )
             if aligned and not span.weight_known_late:
                 if piece == span.pieces[-1]:
-                    plan.reduce(span, token_logps, results, options)
+                    plan.reduce(span, token_logps, results, options.passes)
                 gradients.add_rows(rows, chunk, x, plan.coefs)
             elif any(needs):
                 late = gradients.add_late_rows(rows, chunk, x, late)
         if span.weight_known_late:
-            plan.reduce(span, token_logps, results, options)
+            plan.reduce(span, token_logps, results, options.passes)
             if any(needs) and span.pieces:
                 gradients.finish_late_rows(slice(span.pieces[0][0], span.pieces[-1][1]), plan.coefs, late)
     return results, gradients
@@ -292,7 +293,7 @@ def linear_unlearn_loss(
     if gradient_error != 0:
         raise NotImplementedError(f"gradient_error must be 0 (exact gradients), got {gradient_error}")
     bounds = sequence_bounds(targets, cu_seqlens)
-    check_sequences(len(bounds) - 1, retain_mask, ref_logps, objective.needs_ref_logps, objective)
+    check_sequences(len(bounds) - 1, retain_mask, ref_logps, objective)
     flat, flat_targets = hidden_states.reshape(-1, hidden_states.shape[-1]), targets.reshape(-1)
     layout = read_layout(flat_targets, bounds, retain_mask, lm_head_weight.shape[0])
     needs = needs_gradient(hidden_states, lm_head_weight, bias)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from simnpo.kernels.backend import resolve_impl
 from simnpo.kernels.indexed_dot import indexed_dot, indexed_dot_torch
-from simnpo.kernels.row_pass import row_pass, row_pass_torch, slab_gradient_, slab_gradient_torch_
+from simnpo.kernels.row_pass import row_gradient, row_gradient_torch, row_pass, row_pass_torch
 from simnpo.kernels.scale_rows import scale_rows, scale_rows_torch
 from simnpo.kernels.sequence_pass import sequence_pass, sequence_pass_torch
 
@@ -19,13 +19,13 @@ class Passes(NamedTuple):
 
     indexed_dot: Callable
     row_pass: Callable
-    slab_gradient_: Callable
+    row_gradient: Callable
     sequence_pass: Callable
     scale_rows: Callable
 
 
-TRITON = Passes(indexed_dot, row_pass, slab_gradient_, sequence_pass, scale_rows)
-TORCH = Passes(indexed_dot_torch, row_pass_torch, slab_gradient_torch_, sequence_pass_torch, scale_rows_torch)
+TRITON = Passes(indexed_dot, row_pass, row_gradient, sequence_pass, scale_rows)
+TORCH = Passes(indexed_dot_torch, row_pass_torch, row_gradient_torch, sequence_pass_torch, scale_rows_torch)
 
 
 def passes_for(impl: str, tensor: Tensor) -> Passes:

@@ -6,6 +6,9 @@
     lse[n]     = target_logits[n] - logps[n]
     dlogits[n] = (onehot(targets[n]) - exp(z[n] - lse[n])) dz/dlogits     d logps[n] / d logits[n], in place
 
+`row_gradient` is the last line alone, for logits whose logps and lse are known: a recomputed slab of the vocabulary, or
+logits that somebody else owns.
+
 The target's own logit comes in exact (`indexed_dot`), and its gradient 1 - p is -expm1(logps): with a logits chunk in
 bf16 the plain formula is 3-6 % wrong once the model has memorised the token, this one 0.3 %.
 
@@ -49,15 +52,18 @@ def _dlogits(z, is_target, target_logit, logp, lse, scale, softcap, HAS_SOFTCAP:
 @triton.jit
 def _row_pass_kernel(
     # data
-    logits_ptr, targets_ptr, target_logits_ptr, bias_ptr, logps_ptr, lse_ptr,
+    logits_ptr, rows_ptr, targets_ptr, target_logits_ptr, bias_ptr, logps_ptr, lse_ptr,
     # shapes and strides
     V, logits_stride_n, scale, softcap,
     # constants
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WRITE_GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WRITE_GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     # int64: n * V passes 2**31 at 16 744 tokens of Llama 3's 128 256-word vocabulary
     n = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + n * logits_stride_n
+    row = n
+    if HAS_ROWS:
+        row = tl.load(rows_ptr + n)
+    row_ptr = logits_ptr + row * logits_stride_n
     target = tl.load(targets_ptr + n)
     target_logit = tl.load(target_logits_ptr + n)
 
@@ -91,25 +97,31 @@ def _row_pass_kernel(
 
 
 @triton.jit
-def _slab_gradient_kernel(
+def _row_gradient_kernel(
     # data
-    logits_ptr, targets_ptr, target_logits_ptr, bias_ptr, logps_ptr, lse_ptr,
+    logits_ptr, out_ptr, rows_ptr, targets_ptr, target_logits_ptr, bias_ptr, logps_ptr, lse_ptr, coefs_ptr,
     # shapes and strides
-    V, logits_stride_n, scale, softcap,
+    V, logits_stride_n, out_stride_n, scale, softcap,
     # constants
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_COEFS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
+    row = n
+    if HAS_ROWS:
+        row = tl.load(rows_ptr + n)
     offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask_v = offs_v < V
-    logits_ptrs = logits_ptr + n * logits_stride_n + offs_v
-    z = tl.load(logits_ptrs, mask=mask_v, other=0.0).to(tl.float32)
+    z = tl.load(logits_ptr + row * logits_stride_n + offs_v, mask=mask_v, other=0.0).to(tl.float32)
     z = _transformed(z, bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
     is_target = offs_v == tl.load(targets_ptr + n)
     target_logit = tl.load(target_logits_ptr + n)
     logp = tl.load(logps_ptr + n)
     lse = tl.load(lse_ptr + n)
-    tl.store(logits_ptrs, _dlogits(z, is_target, target_logit, logp, lse, scale, softcap, HAS_SOFTCAP), mask=mask_v)
+    dlogits = _dlogits(z, is_target, target_logit, logp, lse, scale, softcap, HAS_SOFTCAP)
+    if HAS_COEFS:
+        dlogits *= tl.load(coefs_ptr + n)
+    tl.store(out_ptr + row * out_stride_n + offs_v, dlogits, mask=mask_v)
 
 
 def _row_block(V: int) -> tuple[int, int]:
@@ -119,90 +131,106 @@ def _row_block(V: int) -> tuple[int, int]:
 
 
 def row_pass(
-    logits: Tensor, targets: Tensor, target_logits: Tensor, transform: LogitTransform, *, write_gradient: bool
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, targets: Tensor, target_logits: Tensor, transform: LogitTransform, *, write_gradient: bool,
+    rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probability and log-sum-exp of each row; the rows become d logps / d logits where asked.
 
     Args:
-        logits: (N, V) float, rows contiguous: the head's plain products. Overwritten when write_gradient.
+        logits: (M, V) float, rows contiguous: the head's plain products. Overwritten when write_gradient.
         targets: (N,) int64 in [0, V).
         target_logits: (N,) float32, the transformed logit of the target, exact.
         transform: bias, scale and soft-cap still to be applied to `logits`.
+        rows: (N,) int64, which rows of `logits` they are; None: all, in order.
 
     Returns:
         logps, lse: (N,) float32, nats.
     """
-    N, V = logits.shape
+    N, V = len(targets), logits.shape[1]
     logps, lse = torch.empty_like(target_logits), torch.empty_like(target_logits)
     if N:
         block, num_warps = _row_block(V)
         _row_pass_kernel[(N,)](
-            logits, targets, target_logits, transform.bias, logps, lse,
+            logits, rows, targets, target_logits, transform.bias, logps, lse,
             V, logits.stride(0), transform.scale, transform.softcap or 1.0,
-            HAS_BIAS=transform.bias is not None, HAS_SOFTCAP=transform.softcap is not None,
+            HAS_ROWS=rows is not None, HAS_BIAS=transform.bias is not None, HAS_SOFTCAP=transform.softcap is not None,
             WRITE_GRADIENT=write_gradient, BLOCK_V=block, num_warps=num_warps, **LAUNCH_OPTIONS,
         )  # fmt: skip
     return logps, lse
 
 
-def slab_gradient_(
-    logits: Tensor, targets: Tensor, target_logits: Tensor, logps: Tensor, lse: Tensor, transform: LogitTransform
-) -> None:
-    """Overwrite a slab of recomputed logits (N, Vs) with d logps / d logits, given the row's logps and lse.
+def row_gradient(
+    logits: Tensor, targets: Tensor, target_logits: Tensor, logps: Tensor, lse: Tensor, transform: LogitTransform,
+    out: Tensor, *, rows: Tensor | None = None, coefs: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Write coefs * d logps / d logits of the rows to `out`, which may be `logits`.
 
-    `targets` count from the slab's first column; those outside [0, Vs) are some other slab's.
+    Args:
+        logits, out: (M, V) rows contiguous, all of the vocabulary or a slab of it.
+        targets: (N,) int64, counted from the slab's first column; those outside [0, V) are in some other slab.
+        target_logits, logps, lse: (N,) float32, from `row_pass`.
+        rows: (N,) int64, which rows of logits and out they are; None: all, in order.
+        coefs: (N,) float32, or None for ones.
     """
-    N, V = logits.shape
+    N, V = len(targets), logits.shape[1]
     if N:
         block = min(triton.next_power_of_2(V), 4096)
-        _slab_gradient_kernel[(N, triton.cdiv(V, block))](
-            logits, targets, target_logits, transform.bias, logps, lse,
-            V, logits.stride(0), transform.scale, transform.softcap or 1.0,
-            HAS_BIAS=transform.bias is not None, HAS_SOFTCAP=transform.softcap is not None,
-            BLOCK_V=block, num_warps=max(1, min(8, block // 512)), **LAUNCH_OPTIONS,
+        _row_gradient_kernel[(N, triton.cdiv(V, block))](
+            logits, out, rows, targets, target_logits, transform.bias, logps, lse, coefs,
+            V, logits.stride(0), out.stride(0), transform.scale, transform.softcap or 1.0,
+            HAS_ROWS=rows is not None, HAS_BIAS=transform.bias is not None, HAS_SOFTCAP=transform.softcap is not None,
+            HAS_COEFS=coefs is not None, BLOCK_V=block, num_warps=max(1, min(8, block // 512)), **LAUNCH_OPTIONS,
         )  # fmt: skip
 
 
 def row_pass_torch(
-    logits: Tensor, targets: Tensor, target_logits: Tensor, transform: LogitTransform, *, write_gradient: bool
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, targets: Tensor, target_logits: Tensor, transform: LogitTransform, *, write_gradient: bool,
+    rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`row_pass` in plain PyTorch, float64 for float64 logits."""
     logps, lse = torch.empty_like(target_logits), torch.empty_like(target_logits)
-    for rows in _row_blocks(logits):
-        z = transform(logits[rows].to(target_logits.dtype, copy=True))
-        target, target_logit = targets[rows, None], target_logits[rows, None]
+    for block in _row_blocks(logits, len(targets)):
+        source = block if rows is None else rows[block]
+        z = transform(logits[source].to(target_logits.dtype, copy=True))
+        target, target_logit = targets[block, None], target_logits[block, None]
         slope = _softcap_slope(z, target, target_logit, transform) if write_gradient else None
         p = z.scatter_(1, target, -torch.inf)
+        # a row whose only entry is the target has no largest other: keep exp(-inf - largest) = 0 and not NaN
         largest = p.amax(1, keepdim=True).nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=0.0)
         rest = largest + p.sub_(largest).exp_().sum(1, keepdim=True).log_()
         logp = -torch.logaddexp(rest - target_logit, torch.zeros_like(rest))
-        logps[rows], lse[rows] = logp[:, 0], (target_logit - logp)[:, 0]
+        logps[block], lse[block] = logp[:, 0], (target_logit - logp)[:, 0]
         if write_gradient:
             dlogits = p.mul_(-torch.exp(largest + logp - target_logit)).scatter_(1, target, -torch.expm1(logp))
-            _store_dlogits(logits[rows], dlogits, slope, transform)
+            logits[source] = _through_transform(dlogits, slope, transform).to(logits.dtype)
     return logps, lse
 
 
-def slab_gradient_torch_(
-    logits: Tensor, targets: Tensor, target_logits: Tensor, logps: Tensor, lse: Tensor, transform: LogitTransform
-) -> None:
-    """`slab_gradient_` in plain PyTorch."""
+def row_gradient_torch(
+    logits: Tensor, targets: Tensor, target_logits: Tensor, logps: Tensor, lse: Tensor, transform: LogitTransform,
+    out: Tensor, *, rows: Tensor | None = None, coefs: Tensor | None = None,
+) -> None:  # fmt: skip
+    """`row_gradient` in plain PyTorch."""
     V = logits.shape[1]
-    for rows in _row_blocks(logits):
-        z = transform(logits[rows].to(target_logits.dtype, copy=True))
-        inside = (targets[rows] >= 0) & (targets[rows] < V)
-        target = targets[rows].clamp(0, V - 1)[:, None]
+    for block in _row_blocks(logits, len(targets)):
+        source = block if rows is None else rows[block]
+        z = transform(logits[source].to(target_logits.dtype, copy=True))
+        inside = ((targets[block] >= 0) & (targets[block] < V))[:, None]
+        target = targets[block, None].clamp(0, V - 1)
         # a target of another slab keeps the value its clamped column has anyway
-        target_logit = torch.where(inside[:, None], target_logits[rows, None], z.gather(1, target))
+        target_logit = torch.where(inside, target_logits[block, None], z.gather(1, target))
         slope = _softcap_slope(z, target, target_logit, transform)
-        dlogits = z.sub_(lse[rows, None]).exp_().neg_()
-        at_target = torch.where(inside[:, None], -torch.expm1(logps[rows, None]), dlogits.gather(1, target))
-        _store_dlogits(logits[rows], dlogits.scatter_(1, target, at_target), slope, transform)
+        dlogits = z.sub_(lse[block, None]).exp_().neg_()
+        at_target = torch.where(inside, -torch.expm1(logps[block, None]), dlogits.gather(1, target))
+        dlogits = _through_transform(dlogits.scatter_(1, target, at_target), slope, transform)
+        if coefs is not None:
+            dlogits *= coefs[block, None]
+        out[source] = dlogits.to(out.dtype)
 
 
-def _row_blocks(logits: Tensor) -> list[slice]:
-    N, V = logits.shape
-    step = max(1, TORCH_BLOCK_BYTES.get(logits.device.type, TORCH_BLOCK_BYTES_DEFAULT) // (4 * V))
+def _row_blocks(logits: Tensor, N: int) -> list[slice]:
+    bytes_per_row = 4 * logits.shape[1]
+    step = max(1, TORCH_BLOCK_BYTES.get(logits.device.type, TORCH_BLOCK_BYTES_DEFAULT) // bytes_per_row)
     return [slice(start, min(start + step, N)) for start in range(0, N, step)]
 
 
@@ -212,9 +240,8 @@ def _softcap_slope(z: Tensor, target: Tensor, target_logit: Tensor, transform: L
     return 1 - (z.scatter(1, target, target_logit) / transform.softcap) ** 2
 
 
-def _store_dlogits(out: Tensor, dlogits: Tensor, slope: Tensor | None, transform: LogitTransform) -> None:
+def _through_transform(dlogits: Tensor, slope: Tensor | None, transform: LogitTransform) -> Tensor:
+    """From d logps / dz to d logps / d (h W^T), in place."""
     if slope is not None:
         dlogits *= slope
-    if transform.scale != 1.0:
-        dlogits *= transform.scale
-    out.copy_(dlogits)
+    return dlogits.mul_(transform.scale) if transform.scale != 1.0 else dlogits

@@ -51,7 +51,7 @@ def _sequence_pass_kernel(
     start = tl.load(offsets_ptr + i)
     stop = tl.load(offsets_ptr + i + 1)
     b = tl.load(sequences_ptr + i)
-    is_retain = tl.load(is_retain_ptr + b) != 0
+    is_retain = tl.load(is_retain_ptr + b).to(tl.int1)
 
     sums = tl.zeros([BLOCK_T], dtype=tl.float32)
     for t in range(start, stop, BLOCK_T):
@@ -79,10 +79,12 @@ def _sequence_pass_kernel(
     tl.store(logps_ptr + b, logp)
     tl.store(losses_ptr + b, loss)
     tl.store(weights_ptr + b, weight)
-    for t in range(start, stop, BLOCK_T):
+    # a retain token's coefficient was known before: its sequence writes nothing
+    write_stop = tl.where(is_retain, start, stop)
+    for t in range(start, write_stop, BLOCK_T):
         offs_t = t + tl.arange(0, BLOCK_T)
         coefs = tl.zeros([BLOCK_T], dtype=tl.float32) + forget_scale * weight
-        tl.store(coefs_ptr + offs_t, coefs, mask=(offs_t < stop) & (is_retain == 0))
+        tl.store(coefs_ptr + offs_t, coefs, mask=offs_t < stop)
 
 
 def sequence_pass(

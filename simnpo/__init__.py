@@ -2,6 +2,7 @@
 
 from simnpo.kernels.linear_logps import linear_logps
 from simnpo.kernels.linear_unlearn_loss import UnlearnLoss, linear_unlearn_loss
+from simnpo.kernels.unlearn_loss import unlearn_loss
 from simnpo.objectives import NPO, GradAscent, SimNPO, npo_loss, simnpo_loss
 
 __version__ = "0.1.0"
@@ -15,4 +16,5 @@ __all__ = [
     "linear_unlearn_loss",
     "npo_loss",
     "simnpo_loss",
+    "unlearn_loss",
 ]
