@@ -1,0 +1,155 @@
+"""Which examples a step sees, and the tensors they become.
+
+Sampling is a pure function of (seed, step, rank): there is no state to save, and every rank knows what the others draw.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simnpo.data import IGNORE_INDEX, Example
+
+FORGET_ORDER, RETAIN_DRAW, TORCH_SEED = range(3)  # separate random streams of one seed
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Forget and retain sequences of one forward.
+
+    Attributes:
+        input_ids: (B, T) padded on the right, or (1, N) packed.
+        position_ids: as input_ids, restarting at 0 with every sequence.
+        targets: as input_ids: the labels shifted once, IGNORE_INDEX where not a target.
+        retain_mask: (B,) bool, True for a retain sequence.
+        attention_mask: (B, T) 1 where not padding; None when packed.
+        cu_seqlens: (B+1,) int32 start of every packed sequence and the end of the last; None when padded.
+        ref_logps: (B,) float32, the reference policy's, 0 for retain sequences; None unless the objective needs it.
+        ids: id of each example.
+        num_targets: targets that count in each sequence, on the host.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    targets: Tensor
+    retain_mask: Tensor
+    attention_mask: Tensor | None
+    cu_seqlens: Tensor | None
+    ref_logps: Tensor | None
+    ids: tuple[str, ...]
+    num_targets: tuple[int, ...]
+
+    def to(self, device: torch.device) -> "Batch":
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v.to(device, non_blocking=True) for k, v in tensors.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+
+def collate(
+    forget: Sequence[Example],
+    retain: Sequence[Example] = (),
+    *,
+    packed: bool,
+    pad_token_id: int = 0,
+    ref_logps: dict[str, float] | None = None,
+) -> Batch:
+    """Puts forget and retain sequences into one batch, packed or padded.
+
+    Args:
+        forget, retain: examples; forget comes first in the batch.
+        packed: one row of N tokens instead of B rows of T.
+        pad_token_id: fills padded rows; never attended to.
+        ref_logps: log-probability of each forget example under the reference policy, nats, by id.
+
+    Raises:
+        ValueError: there is no sequence at all.
+    """
+    examples = [*forget, *retain]
+    if not examples:
+        raise ValueError("a batch needs at least one sequence, got none")
+    columns = {
+        "input_ids": [example.input_ids for example in examples],
+        "position_ids": [list(range(len(example.input_ids))) for example in examples],
+        "targets": [[*example.labels[1:], IGNORE_INDEX] for example in examples],
+    }
+    lengths = [len(example.input_ids) for example in examples]
+    if packed:
+        tensors = {name: torch.tensor([sum(rows, [])]) for name, rows in columns.items()}
+    else:
+        columns["attention_mask"] = [[1] * length for length in lengths]
+        fill = {"input_ids": pad_token_id, "targets": IGNORE_INDEX}
+        tensors = {name: _pad(rows, fill.get(name, 0)) for name, rows in columns.items()}
+    return Batch(
+        input_ids=tensors["input_ids"],
+        position_ids=tensors["position_ids"],
+        targets=tensors["targets"],
+        retain_mask=torch.tensor([False] * len(forget) + [True] * len(retain)),
+        attention_mask=tensors.get("attention_mask"),
+        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32) if packed else None,
+        ref_logps=None
+        if ref_logps is None
+        else torch.tensor([*(ref_logps[example.id] for example in forget), *[0.0] * len(retain)]),
+        ids=tuple(example.id for example in examples),
+        num_targets=tuple(example.num_targets for example in examples),
+    )
+
+
+def _pad(rows: list[list[int]], value: int) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows])  # (B, T)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws the examples of a step.
+
+    Forget examples go through shuffled epochs, one after another without a break, and are dealt out to the ranks.
+    Retain examples are drawn at random, anew in every step and on every rank, whatever the forget examples are.
+    """
+
+    forget: Sequence[Example]
+    retain: Sequence[Example]
+    batch_size: int
+    retain_batch_size: int
+    seed: int
+    world_size: int = 1
+
+    def step(self, step: int, rank: int) -> tuple[list[Example], list[Example]]:
+        """Forget and retain examples that `rank` sees in step `step`, counted from 0."""
+        num_forget = len(self.forget)
+        positions = range(step * self.batch_size + rank, (step + 1) * self.batch_size, self.world_size)
+        forget = [self.forget[_order(self.seed, p // num_forget, num_forget)[p % num_forget]] for p in positions]
+        count = len(range(rank, self.retain_batch_size, self.world_size))
+        if not count:
+            return forget, []
+        rng = random_stream(self.seed, RETAIN_DRAW, step, rank)
+        drawn = rng.choice(len(self.retain), size=count, replace=count > len(self.retain))
+        return forget, [self.retain[i] for i in drawn]
+
+    def totals(self, step: int) -> tuple[int, int]:
+        """Forget sequences and retain targets of a step, over all ranks: what its two means divide by."""
+        retained = [example for rank in range(self.world_size) for example in self.step(step, rank)[1]]
+        return self.batch_size, sum(example.num_targets for example in retained)
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, size: int) -> np.ndarray:
+    return random_stream(seed, FORGET_ORDER, epoch).permutation(size)
+
+
+def random_stream(*key: int) -> np.random.Generator:
+    return np.random.default_rng(key)
+
+
+def seed_torch(seed: int, step: int, rank: int) -> None:
+    """Seeds torch for one step, so that dropout does not depend on what ran before."""
+    torch.manual_seed(int(random_stream(seed, TORCH_SEED, step, rank).integers(2**63)))
+
+
+def micro_batches(examples: Sequence[Any], count: int) -> list[Sequence[Any]]:
+    """Deals examples out to `count` micro-batches."""
+    return [examples[i::count] for i in range(count)]

@@ -1,0 +1,67 @@
+"""The `simnpo` command."""
+
+import argparse
+import importlib
+import logging
+import sys
+from dataclasses import fields
+from importlib.metadata import version
+
+from simnpo.errors import RunError, UserError
+
+COMMANDS = {
+    "unlearn": "make a model forget one file of examples and keep another",
+    "demo": "do that to a small model that comes with pip, in minutes",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, 1 a run had to stop, 2 wrong input, 130 interrupted."""
+    parser = argparse.ArgumentParser("simnpo", description="SimNPO and NPO unlearning of language models.")
+    parser.add_argument("--version", action="version", version=f"simnpo {version('simnpo')}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in COMMANDS.items():
+        # each command reads its own options, so that only the one that runs is imported
+        commands.add_parser(name, help=text, add_help=False)
+    arguments, options = parser.parse_known_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    try:
+        return unlearn(options) if arguments.command == "unlearn" else demo(options)
+    except (UserError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command with --resume continues from the newest checkpoint", file=sys.stderr)
+        return 130
+
+
+def unlearn(options: list[str]) -> int:
+    from transformers.hf_argparser import HfArgumentParser
+
+    from simnpo.config import UnlearnConfig
+
+    parser = HfArgumentParser(
+        UnlearnConfig, prog="simnpo unlearn", description=COMMANDS["unlearn"], formatter_class=argparse.HelpFormatter
+    )
+    arguments = parser.parse_args(options)
+    config = UnlearnConfig(**{field.name: getattr(arguments, field.name) for field in fields(UnlearnConfig)})
+
+    from transformers.utils.logging import disable_progress_bar
+
+    from simnpo.training.loop import unlearn
+
+    disable_progress_bar()
+    output = unlearn(config)
+    print(f"unlearned model: {output / 'model'}\nreport: {output / 'report.html'}")
+    return 0
+
+
+def demo(options: list[str]) -> int:
+    return importlib.import_module("simnpo.demo").main(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

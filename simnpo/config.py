@@ -1,0 +1,144 @@
+"""The configuration of a run: one frozen dataclass whose fields are the command line."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from simnpo.errors import UserError
+
+if TYPE_CHECKING:
+    from simnpo.objectives import NPO, GradAscent, SimNPO
+
+DEFAULT_BETA = {"simnpo": 2.5, "npo": 0.1}
+
+# a resumed run may differ in these; every other field changes the weights that come out
+FREE_ON_RESUME = {"output", "resume", "save_steps", "keep_checkpoints", "logging_steps", "eval_examples"}
+
+
+def _option(text: str, **kwargs: Any) -> Any:
+    return field(metadata={"help": text}, **kwargs)
+
+
+@dataclass(frozen=True)
+class UnlearnConfig:
+    """Everything that decides a run. Raises `UserError` naming the field when a value makes no sense."""
+
+    model: str = _option("Hugging Face id, folder or .gguf file of a causal language model.")
+    forget: str = _option("JSON Lines to forget: prompt/response, question/answer, messages or text per row.")
+    output: str = _option("Folder of the run: metrics, checkpoints, report, and the unlearned model in model/.")
+    retain: str | None = _option("JSON Lines to keep knowing, same formats. Without it there is no retain term.", default=None)
+
+    method: Literal["simnpo", "npo", "ga"] = _option(
+        "simnpo: length-normalised, no reference. npo: against the model's own start. ga: gradient ascent.",
+        default="simnpo",
+    )
+    beta: float | None = _option("Inverse temperature of simnpo (default 2.5) and npo (default 0.1).", default=None)
+    gamma: float = _option(
+        "SimNPO's margin, the paper's: outside beta. It equals beta * delta where code puts the margin inside.",
+        default=0.0,
+    )
+    forget_coef: float = _option("Multiplies the forget term (the `lambda` of published TOFU settings).", default=1.0)
+    retain_coef: float = _option("Multiplies the retain term, the mean NLL per retain token.", default=1.0)
+
+    lora: bool = _option("Train LoRA adapters on every linear layer but the head instead of all weights.", default=False)
+    lora_rank: int = _option("Rank of the adapters.", default=16)
+    lora_alpha: float = _option("Adapters are scaled by lora_alpha / lora_rank.", default=32.0)
+
+    epochs: float = _option("Passes over the forget set.", default=5.0)
+    max_steps: int | None = _option("Optimizer steps; overrides epochs.", default=None)
+    batch_size: int = _option("Forget sequences per optimizer step, over all ranks and micro-batches.", default=8)
+    retain_batch_size: int | None = _option("Retain sequences per optimizer step (default: batch_size).", default=None)
+    gradient_accumulation_steps: int = _option(
+        "Micro-batches a step is cut into. Changes the memory, not the mathematics.", default=1
+    )
+    learning_rate: float = _option("Peak learning rate of AdamW.", default=1e-5)
+    warmup_ratio: float = _option("Share of the steps in which the learning rate rises; it then falls to 0.", default=0.1)
+    weight_decay: float = _option("Decoupled; not applied to norms and biases.", default=0.01)
+    max_grad_norm: float = _option("Gradients of a step are scaled to at most this global L2 norm; 0: never.", default=1.0)
+    max_length: int = _option("Tokens per sequence, prompt included; the rest of a response is cut off.", default=512)
+    seed: int = _option("Fixes order, retain draws, adapters and dropout.", default=0)
+
+    precision: Literal["bf16", "fp32"] = _option(
+        "Of the arithmetic. Trained weights and their updates are fp32 either way; a body frozen by --lora is in bf16.",
+        default="bf16",
+    )
+    packing: Literal["auto", "on", "off"] = _option(
+        "Put sequences one after another instead of padding them. auto: if the model keeps them apart (measured).",
+        default="auto",
+    )
+    chunk_tokens: int | None = _option("Rows of logits alive at once in the loss (default: chosen).", default=None)
+    gradient_checkpointing: bool = _option("Recompute activations in backward: less memory, more time.", default=False)
+    attention: str | None = _option("Attention implementation, as transformers names it (default: its own).", default=None)
+    cpu: bool = _option("Stay on the CPU even if there is an accelerator.", default=False)
+
+    save_steps: int = _option("Steps between checkpoints; 0: only the last step.", default=100)
+    keep_checkpoints: int = _option("Checkpoints kept; older ones are removed.", default=1)
+    logging_steps: int = _option("Steps between rows of metrics.jsonl.", default=1)
+    eval_examples: int = _option("Examples of each set answered before and after, for the report; 0: none.", default=16)
+    resume: bool = _option("Continue the run in --output from its newest checkpoint, to the same bits.", default=False)
+
+    def __post_init__(self) -> None:
+        for name in ("lora_rank", "batch_size", "gradient_accumulation_steps", "keep_checkpoints", "logging_steps"):
+            self._require(name, "at least 1", getattr(self, name) >= 1)
+        for name in ("beta", "max_steps", "retain_batch_size", "chunk_tokens"):
+            value = getattr(self, name)
+            self._require(name, "greater than 0", value is None or value > 0)
+        for name in ("lora_alpha", "epochs", "learning_rate"):
+            self._require(name, "greater than 0", getattr(self, name) > 0)
+        for name in (
+            *("gamma", "forget_coef", "retain_coef", "weight_decay", "max_grad_norm"),
+            *("save_steps", "eval_examples", "seed"),
+        ):
+            self._require(name, "0 or more", getattr(self, name) >= 0)
+        for f in fields(self):
+            value = getattr(self, f.name)
+            self._require(f.name, "finite", not isinstance(value, float) or math.isfinite(value))
+        self._require("max_length", "at least 2: one token to read and one to predict", self.max_length >= 2)
+        self._require("warmup_ratio", "between 0 and 1", 0 <= self.warmup_ratio <= 1)
+        self._require("method", "simnpo, npo or ga", self.method in ("simnpo", "npo", "ga"))
+        self._require("precision", "bf16 or fp32", self.precision in ("bf16", "fp32"))
+        self._require("packing", "auto, on or off", self.packing in ("auto", "on", "off"))
+        if self.gamma and self.method != "simnpo":
+            raise UserError(f"gamma is SimNPO's margin and method {self.method!r} has none: got gamma={self.gamma}")
+        if self.beta is not None and self.method == "ga":
+            raise UserError(f"method 'ga' has no beta: got beta={self.beta}")
+
+    def _require(self, name: str, what: str, holds: bool) -> None:
+        if not holds:
+            raise UserError(f"{name} must be {what}, got {getattr(self, name)!r}")
+
+    def objective(self) -> SimNPO | NPO | GradAscent:
+        """The forget objective, `beta` filled in."""
+        from simnpo.objectives import NPO, GradAscent, SimNPO  # brings torch: keep `--help` fast
+
+        if self.method == "ga":
+            return GradAscent()
+        beta = DEFAULT_BETA[self.method] if self.beta is None else self.beta
+        return NPO(beta) if self.method == "npo" else SimNPO(beta, self.gamma)
+
+    def retain_sequences(self) -> int:
+        """Retain sequences of one optimizer step."""
+        if self.retain is None:
+            return 0
+        return self.batch_size if self.retain_batch_size is None else self.retain_batch_size
+
+    def num_steps(self, num_forget: int) -> int:
+        """Optimizer steps of the run, given the size of the forget set."""
+        return self.max_steps or max(1, math.ceil(self.epochs * num_forget / self.batch_size))
+
+    def output_dir(self) -> Path:
+        return Path(self.output)
+
+    def refuse_changes(self, saved: dict[str, Any]) -> None:
+        """Raises `UserError` naming the fields in which resuming from `saved` (config.json) would change the result."""
+        now = asdict(self)
+        changed = [name for name in now if name not in FREE_ON_RESUME and now[name] != saved.get(name)]
+        if changed:
+            listed = ", ".join(f"{name} (was {saved.get(name)!r}, now {now[name]!r})" for name in changed)
+            raise UserError(
+                f"--resume continues a run to the same bits, and the configuration differs in {listed}: "
+                "use the same arguments, or another --output for a new run"
+            )

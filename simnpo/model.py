@@ -1,0 +1,235 @@
+"""The model as this package sees it: a body that ends in hidden states, and a head that only the fused loss multiplies."""
+
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from simnpo.batch import Batch
+from simnpo.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# names under which configurations keep a factor of the logits, and whether the model divides by it
+LOGIT_FACTORS = {
+    "logit_scale": False,  # Cohere
+    "lm_head_multiplier": False,  # Falcon-H1
+    "output_multiplier": False,  # Muse
+    "logits_scaling": True,  # Granite
+}
+MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax",)
+# what two ways of computing the same hidden states may differ by, relative, in the dtype of the arithmetic
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def load_tokenizer(name_or_path: str) -> Any:
+    """The model's tokenizer, with a pad token.
+
+    Raises:
+        UserError: there is none, or it has neither a pad nor an end-of-sequence token.
+    """
+    tokenizer = _from_pretrained(AutoTokenizer, name_or_path)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise UserError(f"model: the tokenizer of {name_or_path!r} has neither a pad nor an end-of-sequence token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    name_or_path: str, *, dtype: torch.dtype = torch.float32, attention: str | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """Loads a causal language model and its tokenizer.
+
+    Args:
+        name_or_path: Hugging Face id, folder, or path of a .gguf file.
+        dtype: of the weights.
+        attention: attention implementation as transformers names it; None is transformers' choice.
+
+    Raises:
+        UserError: there is no such model, or transformers cannot read it.
+    """
+    tokenizer = load_tokenizer(name_or_path)
+    options = {"dtype": dtype} | ({"attn_implementation": attention} if attention else {})
+    model = _from_pretrained(AutoModelForCausalLM, name_or_path, **options)
+    if name_or_path.endswith(".gguf"):
+        model = _without_quantization(model, dtype)
+    return model.eval(), tokenizer
+
+
+def _from_pretrained(auto_class: Any, name_or_path: str, **options: Any) -> Any:
+    source = name_or_path
+    if name_or_path.endswith(".gguf"):
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise UserError(f"model: no such file: {name_or_path}")
+        source, options["gguf_file"] = str(path.parent), path.name
+    try:
+        return auto_class.from_pretrained(source, **options)
+    except (OSError, ValueError, ImportError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"model: cannot load {name_or_path!r}: {reason}") from error
+
+
+def _without_quantization(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The same weights in a fresh model: one loaded from GGUF carries marks of it that `save_pretrained` trips over."""
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    fresh = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=config._attn_implementation)
+    fresh.load_state_dict(model.state_dict())
+    fresh.generation_config = model.generation_config
+    return fresh
+
+
+def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
+    """Adapters of `rank`, in fp32, on every linear layer but the head; everything else is frozen."""
+    return get_peft_model(
+        model,  # type: ignore[arg-type]
+        LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"),  # type: ignore[arg-type]
+    )
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
+
+
+class OutputHead(NamedTuple):
+    """logits = softcap(logit_scale * (hidden_states @ weight.T + bias)), softcap(z) = c tanh(z / c)."""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    logit_scale: float
+    logit_softcap: float | None
+
+    def options(self) -> dict[str, Any]:
+        """All but the weight, as the fused operations name it."""
+        return {"bias": self.bias, "logit_scale": self.logit_scale, "logit_softcap": self.logit_softcap}
+
+
+def output_head(model: nn.Module) -> OutputHead:
+    """What turns the model's hidden states into logits.
+
+    Raises:
+        UserError: the head cannot be found, has a LoRA adapter, is quantised, or is not a plain linear layer.
+    """
+    lm = causal_lm(model)
+    head = lm.get_output_embeddings() if hasattr(lm, "get_output_embeddings") else None
+    if head is None or _body(lm) is None:
+        raise UserError(f"model: cannot find the output head of {type(lm).__name__}; a causal language model is needed")
+    if isinstance(head, ModulesToSaveWrapper):
+        head = head.modules_to_save[head.active_adapters[0]]
+    if isinstance(head, BaseTunerLayer):
+        raise UserError(
+            "model: the output head has an adapter, which the fused loss would leave untrained: take it out of "
+            "target_modules, or train the whole head with modules_to_save"
+        )
+    weight = getattr(head, "weight", None)
+    # a 4-bit weight is uint8; an 8-bit one is int8
+    if not isinstance(head, nn.Linear) or weight is None or not weight.is_floating_point():
+        kind = f"{type(head).__name__} with {getattr(weight, 'dtype', 'no')} weight"
+        raise UserError(
+            f"model: the output head must be a linear layer with floating point weights, got {kind}: load the model with "
+            "its head left out of the quantisation (llm_int8_skip_modules, modules_to_not_convert)"
+        )
+    config = lm.config.get_text_config()
+    scale = 1.0
+    for name, divides in LOGIT_FACTORS.items():
+        factor = getattr(config, name, None)
+        if factor is not None:
+            divides = divides and not config.model_type.startswith(MULTIPLIES_BY_LOGITS_SCALING)
+            scale = scale / factor if divides else scale * factor
+    return OutputHead(weight, head.bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def _body(lm: nn.Module) -> nn.Module | None:
+    """The model without its head."""
+    body = getattr(lm, "base_model", None)
+    return None if body is lm else body
+
+
+def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
+    """Runs the body, without the head, through LoRA adapters if there are any.
+
+    Returns:
+        (B, T, D) of a padded batch, (N, D) of a packed one.
+    """
+    body = _body(causal_lm(model))
+    assert body is not None, "output_head refuses a model without a body"
+    output = body(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=batch.attention_mask,
+        use_cache=False,
+    ).last_hidden_state
+    return output if batch.cu_seqlens is None else output.squeeze(0)
+
+
+@torch.no_grad()
+def verify_head(model: nn.Module) -> None:
+    """Measures that `output_head` applied to `hidden_states` gives the model's own logits.
+
+    That catches what `output_head` cannot know: a factor under another name, a layer between body and head.
+
+    Raises:
+        UserError: they differ.
+    """
+    weight, bias, scale, softcap = output_head(model)
+    batch = _probe(model, [7])
+    hidden = hidden_states(model, batch)[0]
+    logits = scale * nn.functional.linear(hidden.to(weight.dtype), weight, bias).float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    expected = causal_lm(model)(input_ids=batch.input_ids, use_cache=False).logits[0].float()
+    error = _relative_error(logits, expected)
+    if not error <= TOLERANCE[weight.dtype]:
+        raise UserError(
+            f"model: {type(causal_lm(model)).__name__} computes its logits in a way this package does not know: "
+            f"hidden states times head differ from them by {error:.1%}"
+        )
+
+
+@torch.no_grad()
+def keeps_sequences_apart(model: nn.Module) -> bool:
+    """Measures whether a sequence gets the same hidden states packed behind another one as it gets alone."""
+    packed, alone = _probe(model, [5, 7]), _probe(model, [7])
+    try:
+        behind = hidden_states(model, packed)[5:]
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        logger.info("a packed forward fails: %s", error)
+        return False
+    expected = hidden_states(model, alone)[0]
+    autocast = torch.is_autocast_enabled(expected.device.type)
+    dtype = torch.get_autocast_dtype(expected.device.type) if autocast else next(model.parameters()).dtype
+    return _relative_error(behind.float(), expected.float()) <= TOLERANCE[dtype]
+
+
+def _probe(model: nn.Module, lengths: list[int]) -> Batch:
+    """Sequences of made-up tokens, the last one always the same; packed if there is more than one."""
+    vocab_size = causal_lm(model).config.get_text_config().vocab_size
+    device = next(model.parameters()).device
+    tokens = [[(31 * i + 17 * n) % vocab_size for i in range(n)] for n in lengths]
+    ids = torch.tensor([sum(tokens, [])], device=device)
+    packed = len(lengths) > 1
+    return Batch(
+        input_ids=ids,
+        position_ids=torch.tensor([[i for n in lengths for i in range(n)]], device=device),
+        targets=ids,
+        retain_mask=torch.zeros(len(lengths), dtype=torch.bool),
+        attention_mask=None if packed else torch.ones_like(ids),
+        cu_seqlens=torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32) if packed else None,
+        ref_logps=None,
+        ids=tuple(map(str, lengths)),
+        num_targets=tuple(lengths),
+    )
+
+
+def _relative_error(value: Tensor, expected: Tensor) -> float:
+    return ((value - expected).norm() / expected.norm().clamp(min=1e-30)).item()

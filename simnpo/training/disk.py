@@ -1,0 +1,89 @@
+"""Files and folders that appear on the disk whole or not at all.
+
+A folder is written under a temporary name, flushed to the disk and renamed: whoever sees the final name sees everything,
+whatever moment the process or the machine died at.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from simnpo.errors import RunError
+
+TEMPORARY = ".incomplete-"
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path`, replacing it, when the block ends, and is removed when the block fails.
+
+    Raises:
+        RunError: the disk is full or not writable; `path` is as it was.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.rglob("*"):
+            _flush(file)
+        _flush(temporary)
+        remove_folder(path)
+        temporary.rename(path)
+        _flush(path.parent)
+    # torch and safetensors report a failed write in their own ways
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise RunError(f"cannot write {path}: {error}; checkpoints written before are intact") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder such that a half-removed one never has its name."""
+    if path.exists():
+        leaving = path.with_name(f"{TEMPORARY}removed-{path.name}")
+        shutil.rmtree(leaving, ignore_errors=True)
+        path.rename(leaving)
+        shutil.rmtree(leaving)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all.
+
+    Raises:
+        RunError: the disk is full or not writable; `path` is as it was.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _flush(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path}: {error}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of a value as JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a killed process left half-written."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,226 @@
+"""The run: a model, what it has to forget and what it has to keep in; the unlearned model and a report out."""
+
+import logging
+import math
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from simnpo.batch import Sampler, seed_torch
+from simnpo.config import UnlearnConfig
+from simnpo.data import Example
+from simnpo.errors import UserError
+from simnpo.model import load_tokenizer
+from simnpo.training import result, setup
+from simnpo.training.checkpoint import load_checkpoint, read_state, save_checkpoint
+from simnpo.training.log import Clock, RunLog, drop_rows_after, peak_memory_mib
+from simnpo.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
+from simnpo.training.step import Collator, StepTotals, UnlearnModule, accumulate, not_finite, sequence_logps
+
+logger = logging.getLogger(__name__)
+
+PROBED_EXAMPLES = 200  # forget examples whose weights are written at start, middle and end
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a step needs, put together once."""
+
+    config: UnlearnConfig
+    accelerator: Accelerator
+    module: UnlearnModule
+    tokenizer: Any
+    collator: Collator
+    forget: list[Example]
+    retain: list[Example]
+    facts: dict[str, Any]  # besides the configuration, what a resumed run must find unchanged
+
+    @property
+    def output(self) -> Path:
+        return self.config.output_dir()
+
+    @property
+    def num_steps(self) -> int:
+        return self.config.num_steps(len(self.forget))
+
+
+def unlearn(config: UnlearnConfig) -> Path:
+    """Runs `config` from its data to its report; continues it if `config.resume`.
+
+    Returns:
+        The folder of the run, with the unlearned model in `model/`.
+
+    Raises:
+        UserError, FileNotFoundError: before the first step: the configuration, the data or the model cannot work.
+        RunError: the run had to stop: a loss that is not finite, a full disk.
+        KeyboardInterrupt: stopped by the user, after a checkpoint.
+    """
+    output = config.output_dir()
+    accelerator = start_accelerator(config)
+    setup.check_output(config)
+    if (output / "summary.json").exists():
+        logger.warning("%s is complete: nothing is left to do", output)
+        return output
+
+    tokenizer = load_tokenizer(config.model)
+    forget, retain = setup.read_data(config, tokenizer)
+    facts = {"data": setup.fingerprint(forget, retain), "ranks": accelerator.num_processes}
+    checkpoint = setup.newest_checkpoint(config, facts)
+    module = UnlearnModule(setup.build_model(config, accelerator.device), config)
+    collator = setup.make_collator(config, module, tokenizer, accelerator.device)
+    if accelerator.is_main_process:
+        setup.open_output(config)
+    reference = setup.reference_logps(config, accelerator, module, collator, forget, reload=checkpoint is not None)
+    run = Run(config, accelerator, module, tokenizer, collator._replace(ref_logps=reference), forget, retain, facts)
+
+    if accelerator.is_main_process:
+        result.evaluate(run, "before")
+    clock = train(run, checkpoint)
+    if accelerator.is_main_process:
+        result.evaluate(run, "after")
+        result.save_model(run)
+        result.write_summary(run, clock)
+        result.write_report(run)
+    accelerator.wait_for_everyone()
+    return output
+
+
+def start_accelerator(config: UnlearnConfig) -> Accelerator:
+    """Accelerate's view of the machine.
+
+    Raises:
+        UserError: a way of spreading the model that this loop does not know, or too few sequences for the ranks.
+    """
+    # the module's forward casts by itself, so that `accelerate launch` cannot choose another precision than the config
+    accelerator = Accelerator(cpu=config.cpu, mixed_precision="no")
+    spread = accelerator.distributed_type
+    if spread in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+        raise UserError(f"accelerate is set to {spread.value}: only one process or DistributedDataParallel is supported")
+    parts = accelerator.num_processes * config.gradient_accumulation_steps
+    if config.batch_size < parts:
+        raise UserError(
+            f"batch_size must be at least ranks x gradient_accumulation_steps = {parts}, one forget sequence for each, "
+            f"got {config.batch_size}"
+        )
+    if accelerator.device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    return accelerator
+
+
+def train(run: Run, checkpoint: Path | None) -> Clock:
+    """Takes every step that `checkpoint` has not taken, and leaves a checkpoint of the last one."""
+    config, accelerator, num_steps = run.config, run.accelerator, run.num_steps
+    rank, world = accelerator.process_index, accelerator.num_processes
+    optimizer = make_optimizer(run.module.parameters(), config.weight_decay)
+    state = {"step": 0, "tokens": 0, "seconds": 0.0}
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, run.module.model, optimizer)
+        state = read_state(checkpoint)
+    start = state["step"]
+    if accelerator.is_main_process:
+        drop_rows_after(run.output / "metrics.jsonl", start)
+        drop_rows_after(run.output / "weights.jsonl", start - 1)
+    sampler = Sampler(run.forget, run.retain, config.batch_size, config.retain_sequences(), config.seed, world)
+    module = accelerator.prepare(run.module).train()
+    parameters = [p for p in module.parameters() if p.requires_grad]
+
+    clock = Clock(state["tokens"], state["seconds"])
+    with RunLog(run.output, start, num_steps, enabled=accelerator.is_main_process) as log, interrupts(world) as stop:
+        for step in range(start, num_steps):
+            if step in (0, num_steps // 2):
+                log.weights(forget_weights(run, step))
+            seed_torch(config.seed, step, rank)
+            rate = learning_rate(step, num_steps, config.learning_rate, config.warmup_ratio)
+            set_learning_rate(optimizer, rate)
+            totals = accumulate(accelerator, module, run.collator, sampler, config, step)
+            grad_norm = clip_gradients(parameters, config.max_grad_norm).item()
+            if not math.isfinite(grad_norm):
+                ids = [example.id for examples in sampler.step(step, rank) for example in examples]
+                raise not_finite(f"the gradient norm is {grad_norm}", step, ids)
+            optimizer.step()
+            optimizer.zero_grad()
+
+            done = step + 1
+            clock.add(totals.tokens)
+            if done % config.logging_steps == 0 or done == num_steps:
+                log.step(metrics_row(run, done, totals, grad_norm, rate, clock))
+            is_save_step = config.save_steps and done % config.save_steps == 0
+            if (is_save_step or done == num_steps or stop.is_set()) and accelerator.is_main_process:
+                state = {"tokens": clock.tokens, "seconds": clock.seconds(), **run.facts}
+                folder = run.output / "checkpoints"
+                save_checkpoint(folder, done, run.module.model, optimizer, state, keep=config.keep_checkpoints)
+            if stop.is_set() and done < num_steps:
+                raise KeyboardInterrupt
+        log.weights(forget_weights(run, num_steps))
+    return clock
+
+
+def metrics_row(run: Run, step: int, totals: StepTotals, grad_norm: float, rate: float, clock: Clock) -> dict[str, Any]:
+    """The numbers of one step, over all its micro-batches and ranks. NLLs are nats per target."""
+    return {
+        "step": step,
+        "epoch": step * run.config.batch_size / len(run.forget),
+        "loss": totals.loss,
+        "forget_loss": totals.forget_loss,
+        "retain_loss": totals.retain_loss,
+        "forget_nll": totals.forget_nll / max(totals.forget_tokens, 1),
+        "retain_nll": totals.retain_loss,
+        "grad_norm": grad_norm,
+        "learning_rate": rate,
+        "tokens": clock.tokens,
+        "tokens_per_second": clock.lap(),
+        "peak_memory_mib": peak_memory_mib(run.accelerator.device),
+        "seconds": clock.seconds(),
+    }
+
+
+def forget_weights(run: Run, step: int) -> dict[str, Any]:
+    """The gradient weight of forget examples after `step` steps, for weights.jsonl."""
+    examples = run.forget[:PROBED_EXAMPLES]
+    logps = sequence_logps(run.module, run.collator, examples, run.config.batch_size)
+    num_tokens = torch.tensor([example.num_targets for example in examples])
+    reference = run.collator.ref_logps
+    ref_logps = None if reference is None else torch.tensor([reference[example.id] for example in examples])
+    _, weights = run.module.objective.loss_and_weight(logps, num_tokens, ref_logps)
+    return {
+        "step": step,
+        "ids": [example.id for example in examples],
+        "num_tokens": num_tokens.tolist(),
+        "logps": logps.tolist(),
+        "weights": weights.tolist(),
+    }
+
+
+@contextmanager
+def interrupts(world: int) -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets, so that a step is finished and saved first; a second Ctrl-C stops at once.
+
+    With several ranks, which would not see it in the same step, Ctrl-C stops at once.
+    """
+    event = threading.Event()
+    if world > 1 or threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def on_interrupt(signum: int, frame: FrameType | None) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, previous)
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, previous)

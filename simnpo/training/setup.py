@@ -1,0 +1,137 @@
+"""What stands before the first step: the folder, the data, the model, the reference log-probabilities."""
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from simnpo.config import UnlearnConfig
+from simnpo.data import Example, load_examples, warn_about_overlap
+from simnpo.errors import UserError
+from simnpo.model import add_lora, causal_lm, keeps_sequences_apart, load_model, verify_head
+from simnpo.training.checkpoint import checkpoints, read_state
+from simnpo.training.disk import remove_leftovers, write_json
+from simnpo.training.step import Collator, UnlearnModule, sequence_logps
+
+logger = logging.getLogger(__name__)
+
+
+def check_output(config: UnlearnConfig) -> None:
+    """Whether the output folder is free for a new run, or holds one that `config` can resume.
+
+    Raises:
+        UserError: it holds a run and there is no `resume`, or the configurations differ in what matters.
+    """
+    output = config.output_dir()
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output must be a folder, and {output} is a file")
+    saved = output / "config.json"
+    if not saved.exists():
+        return
+    if not config.resume:
+        raise UserError(f"{output} already holds a run: continue it with --resume, or choose another --output")
+    config.refuse_changes(json.loads(saved.read_text(encoding="utf-8")))
+
+
+def open_output(config: UnlearnConfig) -> None:
+    """Makes the output folder, once everything that can be wrong with the input has been looked at."""
+    output = config.output_dir()
+    output.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(output)
+    remove_leftovers(output / "checkpoints")
+    write_json(output / "config.json", asdict(config))
+
+
+def newest_checkpoint(config: UnlearnConfig, facts: dict[str, Any]) -> Path | None:
+    """The checkpoint to continue from, None to start at step 0.
+
+    Args:
+        facts: what has to be as it was when the checkpoint was written, besides the configuration.
+
+    Raises:
+        UserError: one of `facts` has changed; names it.
+    """
+    found = checkpoints(config.output_dir() / "checkpoints")
+    if not found:
+        return None
+    state = read_state(found[-1])
+    changed = [f"{name} (was {state[name]!r}, now {value!r})" for name, value in facts.items() if state[name] != value]
+    if changed:
+        raise UserError(f"--resume continues {config.output} to the same bits, and these have changed: {', '.join(changed)}")
+    return found[-1]
+
+
+def read_data(config: UnlearnConfig, tokenizer: Any) -> tuple[list[Example], list[Example]]:
+    """The forget and retain examples; warns where the two overlap."""
+    forget = load_examples(config.forget, tokenizer, config.max_length)
+    if config.retain is None:
+        return forget, []
+    retain = load_examples(config.retain, tokenizer, config.max_length)
+    warn_about_overlap(forget, retain)
+    return forget, retain
+
+
+def fingerprint(*sets: list[Example]) -> str:
+    """Changes when any token or label does."""
+    tokens = [[(example.input_ids, example.labels) for example in examples] for examples in sets]
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
+
+
+def build_model(config: UnlearnConfig, device: torch.device) -> nn.Module:
+    """The model on its device, ready to train: head checked, adapters added."""
+    torch.manual_seed(config.seed)
+    # what trains is fp32: the whole model, or adapters on a body that is frozen
+    dtype = torch.bfloat16 if config.lora and config.precision == "bf16" else torch.float32
+    model = load_model(config.model, dtype=dtype, attention=config.attention)[0].to(device)  # type: ignore[arg-type]
+    verify_head(model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return add_lora(model, config.lora_rank, config.lora_alpha) if config.lora else model
+
+
+def make_collator(config: UnlearnConfig, module: UnlearnModule, tokenizer: Any, device: torch.device) -> Collator:
+    """Packs where the model keeps packed sequences apart.
+
+    Raises:
+        UserError: `packing` is "on" and the model does not.
+    """
+    packed = config.packing != "off"
+    if packed:
+        module.eval()
+        with module.autocast(device):
+            packed = keeps_sequences_apart(module.model)
+        if not packed:
+            name = f"{type(causal_lm(module.model)).__name__} mixes sequences that are packed into one row"
+            if config.packing == "on":
+                raise UserError(f"packing: {name}; use --packing auto or off, or another --attention")
+            logger.warning("padding instead of packing: %s", name)
+    return Collator(packed, tokenizer.pad_token_id, device, ref_logps=None)
+
+
+def reference_logps(
+    config: UnlearnConfig,
+    accelerator: Accelerator,
+    module: UnlearnModule,
+    collator: Collator,
+    forget: list[Example],
+    *,
+    reload: bool,
+) -> dict[str, float] | None:
+    """Log-probability of each forget example under the model as it is now, by id; None if the objective needs none.
+
+    They are computed once and kept in reference.json, so that there never is a second model.
+    """
+    if not module.objective.needs_ref_logps:
+        return None
+    path = config.output_dir() / "reference.json"
+    if accelerator.is_main_process and not (reload and path.exists()):
+        logps = sequence_logps(module, collator, forget, config.batch_size).tolist()
+        write_json(path, {example.id: logp for example, logp in zip(forget, logps)})
+    accelerator.wait_for_everyone()
+    return json.loads(path.read_text(encoding="utf-8"))
