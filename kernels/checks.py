@@ -68,8 +68,8 @@ def check_sequences(B: int, retain_mask: Tensor | None, ref_logps: Tensor | None
         raise ValueError("the batch must hold at least one sequence, got none")
     if objective.needs_ref_logps and ref_logps is None:
         raise ValueError(
-            f"{type(objective).__name__} needs ref_logps, the (B,) log-probabilities of the sequences under the reference "
-            "policy: compute them once with linear_logps before training, or use SimNPO, which needs none"
+            f"{type(objective).__name__} needs ref_logps, the (B,) log-probabilities under the reference policy: "
+            "compute them once with linear_logps before training, or use SimNPO, which needs none"
         )
     for name, tensor in (("retain_mask", retain_mask), ("ref_logps", ref_logps)):
         if tensor is not None and tensor.shape != (B,):

@@ -28,7 +28,7 @@ def mm_float32(a: Tensor, b: Tensor) -> Tensor:
 def add_mm_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """total (M, N) float32 += a (M, K) @ b (K, N); only the product of this call is ever rounded to a's dtype."""
     if total.dtype == a.dtype:
-        return total.addmm_(a, b)
+        return torch.addmm(total, a, b, out=total)
     if _accumulates_in_float32(a):
         return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     for rows in _slabs(a):

@@ -1,4 +1,4 @@
-"""The head as the kernels see it: a matrix in the dtype of its products, and what stands between products and logits."""
+"""The head as the kernels see it: the dtype it multiplies in, and what stands between its products and the logits."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def _indexed_dot_kernel(
 
 
 def indexed_dot(hidden_states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """`hidden_states` (N, D) with rows contiguous, `weight` (V, D) likewise, `targets` (N,) -> products (N,) float32."""
+    """`hidden_states` (N, D) and `weight` (V, D), rows contiguous, `targets` (N,) -> products (N,) float32."""
     N, D = hidden_states.shape
     products = torch.empty(N, dtype=torch.float32, device=hidden_states.device)
     if N:

@@ -18,14 +18,23 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from simnpo.kernels.autograd import first_derivative_only
 from simnpo.kernels.backend import IGNORE_INDEX, Impl
 from simnpo.kernels.checks import check_head, read_layout
 from simnpo.kernels.chunks import default_chunk_tokens, even_chunks
 from simnpo.kernels.gemm import mm_float32
 from simnpo.kernels.head import LogitTransform, float_dtype, product_dtype
 from simnpo.kernels.passes import Passes, passes_for
+
+
+class RowStats(NamedTuple):
+    """What `row_pass` knows of each token, all (N,): see there."""
+
+    target_logits: Tensor
+    logps: Tensor
+    largest: Tensor
+    total: Tensor
 
 
 class HeadOptions(NamedTuple):
@@ -39,25 +48,23 @@ class HeadOptions(NamedTuple):
 
 def head_chunk(
     x: Tensor, weight: Tensor, targets: Tensor, buffer: Tensor, options: HeadOptions, *, write_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One chunk through the head: x (n, D), targets (n,) -> chunk (n, V), logps, lse, target_logits (n,).
+) -> tuple[Tensor, RowStats]:
+    """One chunk through the head: x (n, D), targets (n,) -> chunk (n, V) and its stats.
 
     `chunk` is a view of `buffer`; with write_gradient it holds d logps / d (h W^T).
     """
     chunk = torch.mm(x, weight.t(), out=buffer[: len(x)])
     target_logits = options.transform.at(targets, options.passes.indexed_dot(x, weight, targets))
-    logps, lse = options.passes.row_pass(
-        chunk, targets, target_logits, options.transform, write_gradient=write_gradient
-    )
-    return chunk, logps, lse, target_logits
+    stats = options.passes.row_pass(chunk, targets, target_logits, options.transform, write_gradient=write_gradient)
+    return chunk, RowStats(target_logits, *stats)
 
 
 def _linear_logps_fwd(
     hidden_states: Tensor, weight: Tensor, targets: Tensor, rows: Tensor, options: HeadOptions, keep_jacobian: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logps, lse, target_logits (n,) and J (n, D), or (0, D) where it is not kept."""
+) -> tuple[RowStats, Tensor]:
+    """The stats of the N tokens and J (N, D), or (0, D) where it is not kept."""
     N = len(rows)
-    per_row = torch.empty(3, N, dtype=float_dtype(weight), device=weight.device)
+    stats = RowStats(*torch.empty(4, N, dtype=float_dtype(weight), device=weight.device))
     # fp16 cannot hold the gradient of a memorised token, 1e-6; bf16 has float32's range
     jacobian_dtype = torch.float32 if options.dtype == torch.float16 else options.dtype
     jacobian = weight.new_empty(N if keep_jacobian else 0, weight.shape[1], dtype=jacobian_dtype)
@@ -65,24 +72,22 @@ def _linear_logps_fwd(
     for start, stop in even_chunks(N, options.chunk_tokens):
         chunk_rows = rows[start:stop]
         x = hidden_states[chunk_rows].to(options.dtype)
-        chunk, *stats = head_chunk(x, weight, targets[chunk_rows], buffer, options, write_gradient=keep_jacobian)
-        for out, values in zip(per_row, stats, strict=True):
+        chunk, chunk_stats = head_chunk(x, weight, targets[chunk_rows], buffer, options, write_gradient=keep_jacobian)
+        for out, values in zip(stats, chunk_stats, strict=True):
             out[start:stop] = values
         if keep_jacobian:
             jacobian[start:stop] = (
                 mm_float32(chunk, weight) if jacobian_dtype != options.dtype else torch.mm(chunk, weight)
             )
-    logps, lse, target_logits = per_row
-    return logps, lse, target_logits, jacobian
+    return stats, jacobian
 
 
 def _linear_logps_bwd(
-    x: Tensor, weight: Tensor, targets: Tensor, stats: tuple[Tensor, Tensor, Tensor], dlogps: Tensor,
+    x: Tensor, weight: Tensor, targets: Tensor, stats: RowStats, dlogps: Tensor,
     options: HeadOptions, needs: tuple[bool, bool, bool], weight_dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """dx (N, D), dweight (V, D), dbias (V,) of the trained head: the logits again, a slab of the vocabulary at a time."""
+    """dx (N, D), dweight (V, D), dbias (V,) of the trained head: the logits again, in slabs of the vocabulary."""
     (N, D), V = x.shape, weight.shape[0]
-    logps, lse, target_logits = stats
     needs_x, needs_weight, needs_bias = needs
     wide = float_dtype(weight)
     scaled_x = options.passes.scale_rows(x, dlogps, torch.empty_like(x)) if needs_weight else None
@@ -98,7 +103,7 @@ def _linear_logps_bwd(
         width = columns.stop - start
         chunk = torch.mm(x, weight[columns].t(), out=buffer[: N * width].view(N, width))
         transform = options.transform.columns(columns)
-        options.passes.row_gradient(chunk, targets - start, target_logits, logps, lse, transform, chunk)
+        options.passes.row_gradient(chunk, targets - start, *stats, transform, chunk)
         if dweight is not None and scaled_x is not None:
             dweight[columns] = torch.mm(chunk.t(), scaled_x)
         if dx is not None:
@@ -126,18 +131,18 @@ class _LinearLogps(torch.autograd.Function):
         product_weight = weight.to(options.dtype)
         needs_x, needs_weight, needs_bias = needs
         frozen = not (needs_weight or needs_bias)
-        logps, lse, target_logits, jacobian = _linear_logps_fwd(
+        stats, jacobian = _linear_logps_fwd(
             hidden_states, product_weight, targets, rows, options, keep_jacobian=needs_x and frozen
         )
         ctx.options, ctx.needs, ctx.shape, ctx.dtype = options, needs, (N, D), hidden_states.dtype
         if frozen:
             ctx.save_for_backward(jacobian, rows)
         else:
-            ctx.save_for_backward(hidden_states, weight, bias, targets, rows, logps, lse, target_logits)
-        return logps.new_zeros(N).index_copy_(0, rows, logps)
+            ctx.save_for_backward(hidden_states, weight, bias, targets, rows, *stats)
+        return stats.logps.new_zeros(N).index_copy_(0, rows, stats.logps)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, dlogps):
         dhidden = torch.zeros(ctx.shape, dtype=ctx.dtype, device=dlogps.device) if ctx.needs[0] else None
         scale_rows = ctx.options.passes.scale_rows
@@ -146,20 +151,22 @@ class _LinearLogps(torch.autograd.Function):
             return scale_rows(jacobian, dlogps[rows], dhidden, rows), *[None] * 6
         hidden_states, weight, bias, targets, rows, *stats = ctx.saved_tensors
         dlogps = dlogps[rows]
+        dtype = ctx.options.dtype
         with torch.autocast(dlogps.device.type, enabled=False):
             dx, dweight, dbias = _linear_logps_bwd(
-                hidden_states[rows].to(ctx.options.dtype), weight.to(ctx.options.dtype), targets[rows], stats, dlogps,
+                hidden_states[rows].to(dtype), weight.to(dtype), targets[rows], RowStats(*stats), dlogps,
                 ctx.options, ctx.needs, weight.dtype,
             )  # fmt: skip
         if dhidden is not None:
             dhidden.index_copy_(0, rows, dx.to(dhidden.dtype))
-        return dhidden, dweight, None if dbias is None else dbias.to(bias.dtype), *[None] * 4
+        dbias = None if dbias is None else dbias.to(bias.dtype)
+        return dhidden, dweight, dbias, *[None] * 4
 
 
 @torch.compiler.disable
 def linear_logps(
-    hidden_states: Tensor, lm_head_weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, logit_scale: float = 1.0,
-    logit_softcap: float | None = None, chunk_tokens: int | None = None, impl: Impl = "auto",
+    hidden_states: Tensor, lm_head_weight: Tensor, targets: Tensor, *, bias: Tensor | None = None,
+    logit_scale: float = 1.0, logit_softcap: float | None = None, chunk_tokens: int | None = None, impl: Impl = "auto",
 ) -> Tensor:  # fmt: skip
     """Log-probability of each target, without materialising the logits.
 
@@ -220,8 +227,8 @@ def head_options(
 
 
 def linear_logps_torch(
-    hidden_states: Tensor, lm_head_weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
+    hidden_states: Tensor, lm_head_weight: Tensor, targets: Tensor, *, bias: Tensor | None = None,
+    logit_scale: float = 1.0, logit_softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
     """`linear_logps` with all the logits, by autograd: the definition the tests hold it to."""
     logits = logit_scale * torch.nn.functional.linear(hidden_states, lm_head_weight, bias)

@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from simnpo.kernels.autograd import first_derivative_only
 from simnpo.kernels.backend import Impl
 from simnpo.kernels.checks import Layout, check_head, check_sequences, read_layout, sequence_bounds
 from simnpo.kernels.chunks import Span, aligned_spans, even_chunks
@@ -79,8 +79,8 @@ class SequencePlan(NamedTuple):
         """Run the sequence pass over the sequences that end with this span."""
         first, last = span.sequences
         passes.sequence_pass(
-            token_logps, self.coefs, self.offsets[first : last + 1], self.sequences[first:last], self.is_retain, results,
-            self.objective, self.ref_logps, self.forget_scale,
+            token_logps, self.coefs, self.offsets[first : last + 1], self.sequences[first:last], self.is_retain,
+            results, self.objective, self.ref_logps, self.forget_scale,
         )  # fmt: skip
 
 
@@ -113,8 +113,9 @@ def make_plan(
     coefs = torch.zeros(B, dtype=dtype, device=device).masked_fill_(retain, -retain_coef / max(num_retain, 1))
     coefs = coefs[sequences].repeat_interleave(num_tokens[sequences], output_size=len(rows))
     ref_logps = None if ref_logps is None else ref_logps.to(device, dtype)
+    forget_scale = forget_coef / max(num_forget, 1)
     return SequencePlan(
-        rows, offsets, sequences, num_tokens, retain, ref_logps, coefs, forget_coef / max(num_forget, 1), spans, objective
+        rows, offsets, sequences, num_tokens, retain, ref_logps, coefs, forget_scale, spans, objective
     )  # fmt: skip
 
 
@@ -203,9 +204,8 @@ def _linear_unlearn_loss_fwd(
             rows = slice(*piece)
             tokens = plan.rows[rows]
             x = hidden_states[tokens].to(options.dtype)
-            chunk, token_logps[rows], _, _ = head_chunk(
-                x, weight, targets[tokens], buffer, options, write_gradient=any(needs)
-            )
+            chunk, stats = head_chunk(x, weight, targets[tokens], buffer, options, write_gradient=any(needs))
+            token_logps[rows] = stats.logps
             if aligned and not span.weight_known_late:
                 if piece == span.pieces[-1]:
                     plan.reduce(span, token_logps, results, options.passes)
@@ -227,6 +227,8 @@ class _LinearUnlearnLoss(torch.autograd.Function):
         )  # fmt: skip
         outputs = reduce_losses(plan, results, forget_coef, retain_coef)
         dweight = None if gradients.dweight is None else gradients.dweight.to(weight.dtype)
+        if needs[1] and dweight is None:  # no token counted
+            dweight = torch.zeros_like(weight)
         ctx.save_for_backward(gradients.dx, dweight, gradients.dbias, plan.rows)
         ctx.shape, ctx.dtype, ctx.scale_rows = hidden_states.shape, hidden_states.dtype, options.passes.scale_rows
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -234,7 +236,7 @@ class _LinearUnlearnLoss(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, dloss, *_):
         dx, dweight, dbias, rows = ctx.saved_tensors
         dhidden = None
@@ -261,10 +263,11 @@ def reduce_losses(plan: SequencePlan, results: SequenceResults, forget_coef: flo
 
 @torch.compiler.disable
 def linear_unlearn_loss(
-    hidden_states: Tensor, lm_head_weight: Tensor, targets: Tensor, objective: Objective, *, cu_seqlens: Tensor | None = None,
-    retain_mask: Tensor | None = None, ref_logps: Tensor | None = None, forget_coef: float = 1.0, retain_coef: float = 1.0,
-    bias: Tensor | None = None, logit_scale: float = 1.0, logit_softcap: float | None = None, gradient_error: float = 0.0,
-    chunk_tokens: int | None = None, impl: Impl = "auto",
+    hidden_states: Tensor, lm_head_weight: Tensor, targets: Tensor, objective: Objective, *,
+    cu_seqlens: Tensor | None = None, retain_mask: Tensor | None = None, ref_logps: Tensor | None = None,
+    forget_coef: float = 1.0, retain_coef: float = 1.0, bias: Tensor | None = None, logit_scale: float = 1.0,
+    logit_softcap: float | None = None, gradient_error: float = 0.0, chunk_tokens: int | None = None,
+    impl: Impl = "auto",
 ) -> UnlearnLoss:  # fmt: skip
     """An unlearning loss of a batch of forget and retain sequences, without materialising the logits.
 

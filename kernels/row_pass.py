@@ -3,11 +3,11 @@
     z[n, v]    = softcap(scale * (logits[n, v] + bias[v]))                softcap(x) = c tanh(x / c)
     rest[n]    = logsumexp of z[n, v] over v != targets[n]
     logps[n]   = -softplus(rest[n] - target_logits[n])                    never above 0
-    lse[n]     = target_logits[n] - logps[n]
-    dlogits[n] = (onehot(targets[n]) - exp(z[n] - lse[n])) dz/dlogits     d logps[n] / d logits[n], in place
+    p[n, v]    = exp(z[n, v] - largest[n]) / total[n]                     the softmax
+    dlogits[n] = (onehot(targets[n]) - p[n]) dz/dlogits                   d logps[n] / d logits[n], in place
 
-`row_gradient` is the last line alone, for logits whose logps and lse are known: a recomputed slab of the vocabulary, or
-logits that somebody else owns.
+`row_gradient` is the last line alone, for logits whose logps, largest and total are known: a recomputed slab of the
+vocabulary, or logits that somebody else owns.
 
 The target's own logit comes in exact (`indexed_dot`), and its gradient 1 - p is -expm1(logps): with a logits chunk in
 bf16 the plain formula is 3-6 % wrong once the model has memorised the token, this one 0.3 %.
@@ -41,8 +41,8 @@ def _transformed(z, bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS: tl.const
 
 
 @triton.jit
-def _dlogits(z, is_target, target_logit, logp, lse, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    dz = tl.where(is_target, -expm1(logp), -tl.exp(z - lse))
+def _dlogits(z, is_target, target_logit, logp, largest, total, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    dz = tl.where(is_target, -expm1(logp), -tl.exp(z - largest) / total)
     if HAS_SOFTCAP:
         t = tl.where(is_target, target_logit, z) / softcap
         dz *= 1.0 - t * t
@@ -52,11 +52,12 @@ def _dlogits(z, is_target, target_logit, logp, lse, scale, softcap, HAS_SOFTCAP:
 @triton.jit
 def _row_pass_kernel(
     # data
-    logits_ptr, rows_ptr, targets_ptr, target_logits_ptr, bias_ptr, logps_ptr, lse_ptr,
+    logits_ptr, rows_ptr, targets_ptr, target_logits_ptr, bias_ptr, logps_ptr, largest_ptr, total_ptr,
     # shapes and strides
     V, logits_stride_n, scale, softcap,
     # constants
-    HAS_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WRITE_GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WRITE_GRADIENT: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     # int64: n * V passes 2**31 at 16 744 tokens of Llama 3's 128 256-word vocabulary
     n = tl.program_id(0).to(tl.int64)
@@ -81,10 +82,14 @@ def _row_pass_kernel(
         total = total * tl.exp(largest - shift) + tl.sum(tl.exp(z - shift), axis=0)
         largest = new_largest
 
-    logp = -softplus(largest + tl.log(total) - target_logit)
-    lse = target_logit - logp
+    logp = -softplus((largest - target_logit) + tl.log(total))
+    # the target joins the sum
+    rest_largest = largest
+    largest = tl.maximum(rest_largest, target_logit)
+    total = total * tl.exp(rest_largest - largest) + tl.exp(target_logit - largest)
     tl.store(logps_ptr + n, logp)
-    tl.store(lse_ptr + n, lse)
+    tl.store(largest_ptr + n, largest)
+    tl.store(total_ptr + n, total)
 
     if WRITE_GRADIENT:
         for start in range(0, V, BLOCK_V):
@@ -92,14 +97,15 @@ def _row_pass_kernel(
             mask_v = offs_v < V
             z = tl.load(row_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
             z = _transformed(z, bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-            dlogits = _dlogits(z, offs_v == target, target_logit, logp, lse, scale, softcap, HAS_SOFTCAP)
+            dlogits = _dlogits(z, offs_v == target, target_logit, logp, largest, total, scale, softcap, HAS_SOFTCAP)
             tl.store(row_ptr + offs_v, dlogits, mask=mask_v)
 
 
 @triton.jit
 def _row_gradient_kernel(
     # data
-    logits_ptr, out_ptr, rows_ptr, targets_ptr, target_logits_ptr, bias_ptr, logps_ptr, lse_ptr, coefs_ptr,
+    logits_ptr, out_ptr, rows_ptr, targets_ptr, target_logits_ptr, bias_ptr, logps_ptr, largest_ptr, total_ptr,
+    coefs_ptr,
     # shapes and strides
     V, logits_stride_n, out_stride_n, scale, softcap,
     # constants
@@ -117,8 +123,9 @@ def _row_gradient_kernel(
     is_target = offs_v == tl.load(targets_ptr + n)
     target_logit = tl.load(target_logits_ptr + n)
     logp = tl.load(logps_ptr + n)
-    lse = tl.load(lse_ptr + n)
-    dlogits = _dlogits(z, is_target, target_logit, logp, lse, scale, softcap, HAS_SOFTCAP)
+    largest = tl.load(largest_ptr + n)
+    total = tl.load(total_ptr + n)
+    dlogits = _dlogits(z, is_target, target_logit, logp, largest, total, scale, softcap, HAS_SOFTCAP)
     if HAS_COEFS:
         dlogits *= tl.load(coefs_ptr + n)
     tl.store(out_ptr + row * out_stride_n + offs_v, dlogits, mask=mask_v)
@@ -133,8 +140,8 @@ def _row_block(V: int) -> tuple[int, int]:
 def row_pass(
     logits: Tensor, targets: Tensor, target_logits: Tensor, transform: LogitTransform, *, write_gradient: bool,
     rows: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Log-probability and log-sum-exp of each row; the rows become d logps / d logits where asked.
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Log-probability and softmax statistics of each row; the rows become d logps / d logits where asked.
 
     Args:
         logits: (M, V) float, rows contiguous: the head's plain products. Overwritten when write_gradient.
@@ -144,31 +151,31 @@ def row_pass(
         rows: (N,) int64, which rows of `logits` they are; None: all, in order.
 
     Returns:
-        logps, lse: (N,) float32, nats.
+        logps, largest, total: (N,) float32; nats, the largest logit, the sum of exp(logit - largest).
     """
     N, V = len(targets), logits.shape[1]
-    logps, lse = torch.empty_like(target_logits), torch.empty_like(target_logits)
+    logps, largest, total = (torch.empty_like(target_logits) for _ in range(3))
     if N:
         block, num_warps = _row_block(V)
         _row_pass_kernel[(N,)](
-            logits, rows, targets, target_logits, transform.bias, logps, lse,
+            logits, rows, targets, target_logits, transform.bias, logps, largest, total,
             V, logits.stride(0), transform.scale, transform.softcap or 1.0,
             HAS_ROWS=rows is not None, HAS_BIAS=transform.bias is not None, HAS_SOFTCAP=transform.softcap is not None,
             WRITE_GRADIENT=write_gradient, BLOCK_V=block, num_warps=num_warps, **LAUNCH_OPTIONS,
         )  # fmt: skip
-    return logps, lse
+    return logps, largest, total
 
 
 def row_gradient(
-    logits: Tensor, targets: Tensor, target_logits: Tensor, logps: Tensor, lse: Tensor, transform: LogitTransform,
-    out: Tensor, *, rows: Tensor | None = None, coefs: Tensor | None = None,
+    logits: Tensor, targets: Tensor, target_logits: Tensor, logps: Tensor, largest: Tensor, total: Tensor,
+    transform: LogitTransform, out: Tensor, *, rows: Tensor | None = None, coefs: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write coefs * d logps / d logits of the rows to `out`, which may be `logits`.
 
     Args:
         logits, out: (M, V) rows contiguous, all of the vocabulary or a slab of it.
         targets: (N,) int64, counted from the slab's first column; those outside [0, V) are in some other slab.
-        target_logits, logps, lse: (N,) float32, from `row_pass`.
+        target_logits, logps, largest, total: (N,) float32, from `row_pass`.
         rows: (N,) int64, which rows of logits and out they are; None: all, in order.
         coefs: (N,) float32, or None for ones.
     """
@@ -176,7 +183,7 @@ def row_gradient(
     if N:
         block = min(triton.next_power_of_2(V), 4096)
         _row_gradient_kernel[(N, triton.cdiv(V, block))](
-            logits, out, rows, targets, target_logits, transform.bias, logps, lse, coefs,
+            logits, out, rows, targets, target_logits, transform.bias, logps, largest, total, coefs,
             V, logits.stride(0), out.stride(0), transform.scale, transform.softcap or 1.0,
             HAS_ROWS=rows is not None, HAS_BIAS=transform.bias is not None, HAS_SOFTCAP=transform.softcap is not None,
             HAS_COEFS=coefs is not None, BLOCK_V=block, num_warps=max(1, min(8, block // 512)), **LAUNCH_OPTIONS,
@@ -186,9 +193,9 @@ def row_gradient(
 def row_pass_torch(
     logits: Tensor, targets: Tensor, target_logits: Tensor, transform: LogitTransform, *, write_gradient: bool,
     rows: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`row_pass` in plain PyTorch, float64 for float64 logits."""
-    logps, lse = torch.empty_like(target_logits), torch.empty_like(target_logits)
+    logps, largest, total = (torch.empty_like(target_logits) for _ in range(3))
     for block in _row_blocks(logits, len(targets)):
         source = block if rows is None else rows[block]
         z = transform(logits[source].to(target_logits.dtype, copy=True))
@@ -196,19 +203,23 @@ def row_pass_torch(
         slope = _softcap_slope(z, target, target_logit, transform) if write_gradient else None
         p = z.scatter_(1, target, -torch.inf)
         # a row whose only entry is the target has no largest other: keep exp(-inf - largest) = 0 and not NaN
-        largest = p.amax(1, keepdim=True).nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=0.0)
-        rest = largest + p.sub_(largest).exp_().sum(1, keepdim=True).log_()
-        logp = -torch.logaddexp(rest - target_logit, torch.zeros_like(rest))
-        logps[block], lse[block] = logp[:, 0], (target_logit - logp)[:, 0]
+        rest_largest = p.amax(1, keepdim=True).nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=0.0)
+        rest_total = p.sub_(rest_largest).exp_().sum(1, keepdim=True)
+        logp = -torch.logaddexp((rest_largest - target_logit) + rest_total.log(), torch.zeros_like(target_logit))
+        # the target joins the sum
+        row_largest = torch.maximum(rest_largest, target_logit)
+        rest_scale = torch.exp(rest_largest - row_largest)
+        row_total = rest_total * rest_scale + torch.exp(target_logit - row_largest)
+        logps[block], largest[block], total[block] = logp[:, 0], row_largest[:, 0], row_total[:, 0]
         if write_gradient:
-            dlogits = p.mul_(-torch.exp(largest + logp - target_logit)).scatter_(1, target, -torch.expm1(logp))
+            dlogits = p.mul_(-rest_scale / row_total).scatter_(1, target, -torch.expm1(logp))
             logits[source] = _through_transform(dlogits, slope, transform).to(logits.dtype)
-    return logps, lse
+    return logps, largest, total
 
 
 def row_gradient_torch(
-    logits: Tensor, targets: Tensor, target_logits: Tensor, logps: Tensor, lse: Tensor, transform: LogitTransform,
-    out: Tensor, *, rows: Tensor | None = None, coefs: Tensor | None = None,
+    logits: Tensor, targets: Tensor, target_logits: Tensor, logps: Tensor, largest: Tensor, total: Tensor,
+    transform: LogitTransform, out: Tensor, *, rows: Tensor | None = None, coefs: Tensor | None = None,
 ) -> None:  # fmt: skip
     """`row_gradient` in plain PyTorch."""
     V = logits.shape[1]
@@ -220,7 +231,7 @@ def row_gradient_torch(
         # a target of another slab keeps the value its clamped column has anyway
         target_logit = torch.where(inside, target_logits[block, None], z.gather(1, target))
         slope = _softcap_slope(z, target, target_logit, transform)
-        dlogits = z.sub_(lse[block, None]).exp_().neg_()
+        dlogits = z.sub_(largest[block, None]).exp_().mul_(-1 / total[block, None])
         at_target = torch.where(inside, -torch.expm1(logps[block, None]), dlogits.gather(1, target))
         dlogits = _through_transform(dlogits.scatter_(1, target, at_target), slope, transform)
         if coefs is not None:

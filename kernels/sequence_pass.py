@@ -41,7 +41,8 @@ class SequenceResults(NamedTuple):
 @triton.jit
 def _sequence_pass_kernel(
     # data: per token, per sequence of the launch, per sequence of the batch
-    token_logps_ptr, coefs_ptr, offsets_ptr, sequences_ptr, is_retain_ptr, ref_logps_ptr, logps_ptr, losses_ptr, weights_ptr,
+    token_logps_ptr, coefs_ptr, offsets_ptr, sequences_ptr, is_retain_ptr, ref_logps_ptr,
+    logps_ptr, losses_ptr, weights_ptr,
     # shapes
     beta, gamma, forget_scale,
     # constants

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from simnpo.kernels.autograd import first_derivative_only
 from simnpo.kernels.backend import Impl
 from simnpo.kernels.checks import check_sequences, check_targets, read_layout, sequence_bounds
 from simnpo.kernels.head import LogitTransform, float_dtype
+from simnpo.kernels.linear_logps import RowStats
 from simnpo.kernels.linear_unlearn_loss import SequencePlan, UnlearnLoss, make_plan, reduce_losses
 from simnpo.kernels.passes import Passes, passes_for
 from simnpo.kernels.sequence_pass import SequenceResults
@@ -26,19 +27,22 @@ NO_TRANSFORM = LogitTransform()
 
 def _unlearn_loss_fwd(
     logits: Tensor, targets: Tensor, plan: SequencePlan, passes: Passes
-) -> tuple[SequenceResults, tuple[Tensor, Tensor, Tensor]]:
-    """The results of every sequence, and target_logits, logps, lse (N,) of the tokens."""
+) -> tuple[SequenceResults, RowStats]:
+    """The results of every sequence, and the stats of the tokens."""
     tokens = targets[plan.rows]
     target_logits = logits[plan.rows, tokens].to(plan.coefs.dtype)
-    logps, lse = passes.row_pass(logits, tokens, target_logits, NO_TRANSFORM, write_gradient=False, rows=plan.rows)
-    results = SequenceResults.zeros(len(plan.num_tokens), logps)
+    stats = RowStats(
+        target_logits,
+        *passes.row_pass(logits, tokens, target_logits, NO_TRANSFORM, write_gradient=False, rows=plan.rows),
+    )
+    results = SequenceResults.zeros(len(plan.num_tokens), plan.coefs)
     for span in plan.spans:
-        plan.reduce(span, logps, results, passes)
-    return results, (target_logits, logps, lse)
+        plan.reduce(span, stats.logps, results, passes)
+    return results, stats
 
 
 def _unlearn_loss_bwd(
-    logits: Tensor, targets: Tensor, rows: Tensor, stats: tuple[Tensor, Tensor, Tensor], coefs: Tensor, out: Tensor,
+    logits: Tensor, targets: Tensor, rows: Tensor, stats: RowStats, coefs: Tensor, out: Tensor,
     passes: Passes,
 ) -> None:  # fmt: skip
     """dlogits, written to `out`, which may be `logits`; 0 in the rows that do not count."""
@@ -58,11 +62,11 @@ class _UnlearnLoss(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, dloss, *_):
         logits, targets, rows, coefs, *stats = ctx.saved_tensors
         dlogits = logits if ctx.inplace else torch.empty_like(logits)
-        _unlearn_loss_bwd(logits, targets, rows, tuple(stats), coefs * dloss, dlogits, ctx.passes)
+        _unlearn_loss_bwd(logits, targets, rows, RowStats(*stats), coefs * dloss, dlogits, ctx.passes)
         if ctx.inplace:
             # whoever else saved these logits for backward must hear of it from autograd's version check
             torch.autograd.graph.increment_version(logits)

@@ -46,7 +46,7 @@ class SimNPO:
         self, logps: Tensor, num_tokens: Tensor, ref_logps: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Loss and weight of each sequence, both (B,); 0 where num_tokens is 0."""
-        length = num_tokens.clamp(min=1)
+        length = num_tokens.clamp(min=1).to(logps.dtype)
         return _sigmoid_family(self.beta, self.beta / length, self.beta / length * logps + self.gamma, num_tokens)
 
 
@@ -93,7 +93,7 @@ class GradAscent:
         """Loss and weight of each sequence, both (B,); 0 where num_tokens is 0."""
         weight = (num_tokens > 0).to(logps.dtype)
         if self.normalize:
-            weight = weight / num_tokens.clamp(min=1)
+            weight = weight / num_tokens.clamp(min=1).to(logps.dtype)
         return weight * logps, weight
 
 
