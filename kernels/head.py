@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from simnpo.kernels.passes import Passes
 
 
 class LogitTransform(NamedTuple):
@@ -28,14 +31,33 @@ class LogitTransform(NamedTuple):
             products.div_(self.softcap).tanh_().mul_(self.softcap)
         return products
 
-    def columns(self, columns: slice) -> LogitTransform:
-        """The transform of a slab of the vocabulary."""
+    def columns(self, columns: slice | Tensor) -> LogitTransform:
+        """The transform of some columns of the vocabulary."""
         return self._replace(bias=None if self.bias is None else self.bias[columns])
 
     def at(self, targets: Tensor, products: Tensor) -> Tensor:
         """The logits of one column per row: (N,) products at (N,) targets; overwrites the products."""
         bias = None if self.bias is None else self.bias[targets]
         return LogitTransform(bias, self.scale, self.softcap)(products)
+
+
+class RowStats(NamedTuple):
+    """What `row_pass` knows of each token, all (N,): see there."""
+
+    target_logits: Tensor
+    logps: Tensor
+    largest: Tensor
+    total: Tensor
+
+
+class HeadOptions(NamedTuple):
+    """What does not change from chunk to chunk."""
+
+    transform: LogitTransform
+    dtype: torch.dtype
+    chunk_tokens: int
+    gradient_error: float
+    passes: Passes
 
 
 def float_dtype(tensor: Tensor) -> torch.dtype:

@@ -14,8 +14,6 @@ Dimension key, here and in the test:
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -24,26 +22,9 @@ from simnpo.kernels.backend import IGNORE_INDEX, Impl
 from simnpo.kernels.checks import check_head, read_layout
 from simnpo.kernels.chunks import default_chunk_tokens, even_chunks
 from simnpo.kernels.gemm import mm_float32
-from simnpo.kernels.head import LogitTransform, float_dtype, product_dtype
-from simnpo.kernels.passes import Passes, passes_for
-
-
-class RowStats(NamedTuple):
-    """What `row_pass` knows of each token, all (N,): see there."""
-
-    target_logits: Tensor
-    logps: Tensor
-    largest: Tensor
-    total: Tensor
-
-
-class HeadOptions(NamedTuple):
-    """What does not change from chunk to chunk."""
-
-    transform: LogitTransform
-    dtype: torch.dtype
-    chunk_tokens: int
-    passes: Passes
+from simnpo.kernels.head import HeadOptions, LogitTransform, RowStats, float_dtype, product_dtype
+from simnpo.kernels.head_gradients import HeadGradients
+from simnpo.kernels.passes import passes_for
 
 
 def head_chunk(
@@ -83,17 +64,15 @@ def _linear_logps_fwd(
 
 
 def _linear_logps_bwd(
-    x: Tensor, weight: Tensor, targets: Tensor, stats: RowStats, dlogps: Tensor,
-    options: HeadOptions, needs: tuple[bool, bool, bool], weight_dtype: torch.dtype,
+    x: Tensor, weight: Tensor, targets: Tensor, stats: RowStats, dlogps: Tensor, options: HeadOptions,
+    needs: tuple[bool, bool, bool], weight_dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """dx (N, D), dweight (V, D), dbias (V,) of the trained head: the logits again, in slabs of the vocabulary."""
     (N, D), V = x.shape, weight.shape[0]
-    needs_x, needs_weight, needs_bias = needs
-    wide = float_dtype(weight)
-    scaled_x = options.passes.scale_rows(x, dlogps, torch.empty_like(x)) if needs_weight else None
-    dx = x.new_zeros(N, D, dtype=wide) if needs_x else None
-    dweight = weight.new_empty(V, D, dtype=weight_dtype) if needs_weight else None
-    dbias = weight.new_empty(V, dtype=wide) if needs_bias else None
+    dx = x.new_zeros(N, D, dtype=float_dtype(weight)) if needs[0] else None
+    slab_dx = torch.empty_like(x) if needs[0] else None
+    dweight = weight.new_empty(V, D, dtype=weight_dtype) if needs[1] else None
+    dbias = weight.new_empty(V, dtype=float_dtype(weight)) if needs[2] else None
 
     # N x slab logits take the memory of chunk_tokens x V
     slab = max(1, min(V, options.chunk_tokens * V // max(N, 1)))
@@ -102,26 +81,18 @@ def _linear_logps_bwd(
         columns = slice(start, min(start + slab, V))
         width = columns.stop - start
         chunk = torch.mm(x, weight[columns].t(), out=buffer[: N * width].view(N, width))
-        transform = options.transform.columns(columns)
-        options.passes.row_gradient(chunk, targets - start, *stats, transform, chunk)
-        if dweight is not None and scaled_x is not None:
-            dweight[columns] = torch.mm(chunk.t(), scaled_x)
-        if dx is not None:
-            dx += torch.mm(chunk, weight[columns])
+        slab_options = options._replace(transform=options.transform.columns(columns))
+        if not options.gradient_error:
+            options.passes.row_gradient(chunk, targets - start, *stats, slab_options.transform, chunk)
+        gradients = HeadGradients(slab_dx, weight[columns], needs, 1, slab_options)
+        gradients.add(slice(0, N), x, targets - start, chunk, stats, dlogps)
+        if dx is not None and slab_dx is not None:
+            dx += slab_dx
+        if dweight is not None:
+            dweight[columns] = gradients.dweight(weight_dtype)
         if dbias is not None:
-            dbias[columns] = column_sums(chunk, dlogps)
-    if dx is not None:
-        options.passes.scale_rows(dx, dlogps, dx)
+            dbias[columns] = gradients.dbias(dbias.dtype)
     return dx, dweight, dbias
-
-
-def column_sums(chunk: Tensor, coefs: Tensor) -> Tensor:
-    """sum_n coefs[n] chunk[n, :], (V,) float32, over blocks of rows so that no float32 copy of the chunk exists."""
-    total = torch.zeros(chunk.shape[1], dtype=float_dtype(chunk), device=chunk.device)
-    for start in range(0, len(chunk), 64):
-        rows = slice(start, start + 64)
-        total += (chunk[rows].to(total.dtype) * coefs[rows, None]).sum(0)
-    return total
 
 
 class _LinearLogps(torch.autograd.Function):
@@ -166,7 +137,8 @@ class _LinearLogps(torch.autograd.Function):
 @torch.compiler.disable
 def linear_logps(
     hidden_states: Tensor, lm_head_weight: Tensor, targets: Tensor, *, bias: Tensor | None = None,
-    logit_scale: float = 1.0, logit_softcap: float | None = None, chunk_tokens: int | None = None, impl: Impl = "auto",
+    logit_scale: float = 1.0, logit_softcap: float | None = None, gradient_error: float = 0.0,
+    chunk_tokens: int | None = None, impl: Impl = "auto",
 ) -> Tensor:  # fmt: skip
     """Log-probability of each target, without materialising the logits.
 
@@ -179,6 +151,8 @@ def linear_logps(
         targets: (B, T) or (N,) int64 in [0, V), already shifted, -100 where ignored.
         bias: (V,) or None.
         logit_scale, logit_softcap: logits = c tanh(scale * (h W^T + bias) / c), without the tanh for None.
+        gradient_error: relative L2 error allowed in the gradient of the logits of a trained head, in [0, 1); see
+            `linear_unlearn_loss`.
         chunk_tokens: rows of logits alive at once; None chooses by memory.
         impl: "auto", "triton" or "torch".
 
@@ -194,9 +168,16 @@ def linear_logps(
     bounds = torch.tensor([0, len(flat_targets)], device=targets.device)
     layout = read_layout(flat_targets, bounds, None, lm_head_weight.shape[0])
     needs = needs_gradient(hidden_states, lm_head_weight, bias)
+    trained = any(needs[1:])
+    if gradient_error and needs[0] and not trained:
+        raise ValueError(
+            "gradient_error needs the weights of the tokens, which linear_logps with a frozen head does not know when "
+            "it computes their gradient: use linear_unlearn_loss, or gradient_error=0"
+        )
     options = head_options(
-        hidden_states, lm_head_weight, bias, logit_scale, logit_softcap, chunk_tokens, impl, any(needs[1:])
-    )
+        hidden_states, lm_head_weight, bias, logit_scale, logit_softcap, chunk_tokens, gradient_error, impl,
+        head_is_trained=trained,
+    )  # fmt: skip
     with torch.autocast(hidden_states.device.type, enabled=False):
         logps = _LinearLogps.apply(flat, lm_head_weight, bias, flat_targets, layout.rows, options, needs)
     return logps.view(targets.shape)
@@ -214,16 +195,18 @@ def needs_gradient(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -
 
 def head_options(
     hidden_states: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None,
-    chunk_tokens: int | None, impl: str, head_is_trained: bool,
+    chunk_tokens: int | None, gradient_error: float, impl: str, *, head_is_trained: bool,
 ) -> HeadOptions:  # fmt: skip
-    """Resolve dtype, chunk size and implementation."""
+    """Resolve dtype, chunk size and implementation; check the numbers."""
+    if not 0 <= gradient_error < 1:
+        raise ValueError(f"gradient_error must be in [0, 1), 0 for exact gradients, got {gradient_error}")
     dtype = product_dtype(hidden_states, weight)
     if chunk_tokens is None:
         chunk_tokens = default_chunk_tokens(weight.shape[0], dtype.itemsize, head_is_trained=head_is_trained)
     elif chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
     transform = LogitTransform(None if bias is None else bias.detach(), float(scale), softcap)
-    return HeadOptions(transform, dtype, chunk_tokens, passes_for(impl, hidden_states))
+    return HeadOptions(transform, dtype, chunk_tokens, float(gradient_error), passes_for(impl, hidden_states))
 
 
 def linear_logps_torch(

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from simnpo.kernels.backend import resolve_impl
+from simnpo.kernels.column_pass import column_pass, column_pass_torch
 from simnpo.kernels.indexed_dot import indexed_dot, indexed_dot_torch
 from simnpo.kernels.row_pass import row_gradient, row_gradient_torch, row_pass, row_pass_torch
 from simnpo.kernels.scale_rows import scale_rows, scale_rows_torch
@@ -20,12 +21,15 @@ class Passes(NamedTuple):
     indexed_dot: Callable
     row_pass: Callable
     row_gradient: Callable
+    column_pass: Callable
     sequence_pass: Callable
     scale_rows: Callable
 
 
-TRITON = Passes(indexed_dot, row_pass, row_gradient, sequence_pass, scale_rows)
-TORCH = Passes(indexed_dot_torch, row_pass_torch, row_gradient_torch, sequence_pass_torch, scale_rows_torch)
+TRITON = Passes(indexed_dot, row_pass, row_gradient, column_pass, sequence_pass, scale_rows)
+TORCH = Passes(
+    indexed_dot_torch, row_pass_torch, row_gradient_torch, column_pass_torch, sequence_pass_torch, scale_rows_torch
+)
 
 
 def passes_for(impl: str, tensor: Tensor) -> Passes:

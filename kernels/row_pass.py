@@ -31,7 +31,7 @@ TORCH_BLOCK_BYTES_DEFAULT = 64 << 20
 
 
 @triton.jit
-def _transformed(z, bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+def transformed_tile(z, bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     if HAS_BIAS:
         z += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
     z *= scale
@@ -41,8 +41,9 @@ def _transformed(z, bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS: tl.const
 
 
 @triton.jit
-def _dlogits(z, is_target, target_logit, logp, largest, total, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    dz = tl.where(is_target, -expm1(logp), -tl.exp(z - largest) / total)
+def dlogits_tile(z, is_target, target_logit, logp, largest, total, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    # 1 - p of the target and 1 / total are one number a row: only exp is left for every element
+    dz = tl.where(is_target, -expm1(logp), tl.exp(z - largest) * (-1.0 / total))
     if HAS_SOFTCAP:
         t = tl.where(is_target, target_logit, z) / softcap
         dz *= 1.0 - t * t
@@ -74,7 +75,7 @@ def _row_pass_kernel(
         offs_v = start + tl.arange(0, BLOCK_V)
         mask_v = offs_v < V
         z = tl.load(row_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
-        z = _transformed(z, bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+        z = transformed_tile(z, bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
         z = tl.where(mask_v & (offs_v != target), z, -float("inf"))
         new_largest = tl.maximum(largest, tl.max(z, axis=0))
         # a row whose only entry is the target has no largest other: keep exp(-inf - shift) = 0 and not NaN
@@ -96,39 +97,42 @@ def _row_pass_kernel(
             offs_v = start + tl.arange(0, BLOCK_V)
             mask_v = offs_v < V
             z = tl.load(row_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
-            z = _transformed(z, bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-            dlogits = _dlogits(z, offs_v == target, target_logit, logp, largest, total, scale, softcap, HAS_SOFTCAP)
+            z = transformed_tile(z, bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+            dlogits = dlogits_tile(z, offs_v == target, target_logit, logp, largest, total, scale, softcap, HAS_SOFTCAP)
             tl.store(row_ptr + offs_v, dlogits, mask=mask_v)
 
 
 @triton.jit
 def _row_gradient_kernel(
     # data
-    logits_ptr, out_ptr, rows_ptr, targets_ptr, target_logits_ptr, bias_ptr, logps_ptr, largest_ptr, total_ptr,
-    coefs_ptr,
+    logits_ptr, out_ptr, rows_ptr, columns_ptr, targets_ptr, target_logits_ptr, bias_ptr, logps_ptr, largest_ptr,
+    total_ptr, coefs_ptr,
     # shapes and strides
     V, logits_stride_n, out_stride_n, scale, softcap,
     # constants
-    HAS_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_COEFS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_COEFS: tl.constexpr,    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     row = n
     if HAS_ROWS:
         row = tl.load(rows_ptr + n)
-    offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    mask_v = offs_v < V
+    offs_out = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    mask_v = offs_out < V
+    offs_v = offs_out
+    if HAS_COLUMNS:
+        offs_v = tl.load(columns_ptr + offs_out, mask=mask_v, other=0)
     z = tl.load(logits_ptr + row * logits_stride_n + offs_v, mask=mask_v, other=0.0).to(tl.float32)
-    z = _transformed(z, bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+    z = transformed_tile(z, bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
     is_target = offs_v == tl.load(targets_ptr + n)
     target_logit = tl.load(target_logits_ptr + n)
     logp = tl.load(logps_ptr + n)
     largest = tl.load(largest_ptr + n)
     total = tl.load(total_ptr + n)
-    dlogits = _dlogits(z, is_target, target_logit, logp, largest, total, scale, softcap, HAS_SOFTCAP)
+    dlogits = dlogits_tile(z, is_target, target_logit, logp, largest, total, scale, softcap, HAS_SOFTCAP)
     if HAS_COEFS:
         dlogits *= tl.load(coefs_ptr + n)
-    tl.store(out_ptr + row * out_stride_n + offs_v, dlogits, mask=mask_v)
+    tl.store(out_ptr + row * out_stride_n + offs_out, dlogits, mask=mask_v)
 
 
 def _row_block(V: int) -> tuple[int, int]:
@@ -168,25 +172,28 @@ def row_pass(
 
 def row_gradient(
     logits: Tensor, targets: Tensor, target_logits: Tensor, logps: Tensor, largest: Tensor, total: Tensor,
-    transform: LogitTransform, out: Tensor, *, rows: Tensor | None = None, coefs: Tensor | None = None,
+    transform: LogitTransform, out: Tensor, *, rows: Tensor | None = None, columns: Tensor | None = None,
+    coefs: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write coefs * d logps / d logits of the rows to `out`, which may be `logits`.
 
     Args:
-        logits, out: (M, V) rows contiguous, all of the vocabulary or a slab of it.
+        logits, out: (M, V) rows contiguous, all of the vocabulary or a slab of it; out (M, K) with `columns`.
         targets: (N,) int64, counted from the slab's first column; those outside [0, V) are in some other slab.
         target_logits, logps, largest, total: (N,) float32, from `row_pass`.
         rows: (N,) int64, which rows of logits and out they are; None: all, in order.
+        columns: (K,) int64, which columns of logits make the K of out; None: all V.
         coefs: (N,) float32, or None for ones.
     """
-    N, V = len(targets), logits.shape[1]
-    if N:
+    N, V = len(targets), out.shape[1]
+    if N and V:
         block = min(triton.next_power_of_2(V), 4096)
         _row_gradient_kernel[(N, triton.cdiv(V, block))](
-            logits, out, rows, targets, target_logits, transform.bias, logps, largest, total, coefs,
+            logits, out, rows, columns, targets, target_logits, transform.bias, logps, largest, total, coefs,
             V, logits.stride(0), out.stride(0), transform.scale, transform.softcap or 1.0,
-            HAS_ROWS=rows is not None, HAS_BIAS=transform.bias is not None, HAS_SOFTCAP=transform.softcap is not None,
-            HAS_COEFS=coefs is not None, BLOCK_V=block, num_warps=max(1, min(8, block // 512)), **LAUNCH_OPTIONS,
+            HAS_ROWS=rows is not None, HAS_COLUMNS=columns is not None, HAS_BIAS=transform.bias is not None,
+            HAS_SOFTCAP=transform.softcap is not None, HAS_COEFS=coefs is not None, BLOCK_V=block,
+            num_warps=max(1, min(8, block // 512)), **LAUNCH_OPTIONS,
         )  # fmt: skip
 
 
@@ -196,7 +203,7 @@ def row_pass_torch(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`row_pass` in plain PyTorch, float64 for float64 logits."""
     logps, largest, total = (torch.empty_like(target_logits) for _ in range(3))
-    for block in _row_blocks(logits, len(targets)):
+    for block in row_blocks(logits, len(targets)):
         source = block if rows is None else rows[block]
         z = transform(logits[source].to(target_logits.dtype, copy=True))
         target, target_logit = targets[block, None], target_logits[block, None]
@@ -219,27 +226,41 @@ def row_pass_torch(
 
 def row_gradient_torch(
     logits: Tensor, targets: Tensor, target_logits: Tensor, logps: Tensor, largest: Tensor, total: Tensor,
-    transform: LogitTransform, out: Tensor, *, rows: Tensor | None = None, coefs: Tensor | None = None,
+    transform: LogitTransform, out: Tensor, *, rows: Tensor | None = None, columns: Tensor | None = None,
+    coefs: Tensor | None = None,
 ) -> None:  # fmt: skip
     """`row_gradient` in plain PyTorch."""
-    V = logits.shape[1]
-    for block in _row_blocks(logits, len(targets)):
+    for block in row_blocks(logits, len(targets)):
         source = block if rows is None else rows[block]
-        z = transform(logits[source].to(target_logits.dtype, copy=True))
-        inside = ((targets[block] >= 0) & (targets[block] < V))[:, None]
-        target = targets[block, None].clamp(0, V - 1)
-        # a target of another slab keeps the value its clamped column has anyway
-        target_logit = torch.where(inside, target_logits[block, None], z.gather(1, target))
-        slope = _softcap_slope(z, target, target_logit, transform)
-        dlogits = z.sub_(largest[block, None]).exp_().mul_(-1 / total[block, None])
-        at_target = torch.where(inside, -torch.expm1(logps[block, None]), dlogits.gather(1, target))
-        dlogits = _through_transform(dlogits.scatter_(1, target, at_target), slope, transform)
+        stats = (x[block] for x in (targets, target_logits, logps, largest, total))
+        dlogits = row_dlogits_torch(logits[source], *stats, transform, columns)
         if coefs is not None:
             dlogits *= coefs[block, None]
         out[source] = dlogits.to(out.dtype)
 
 
-def _row_blocks(logits: Tensor, N: int) -> list[slice]:
+def row_dlogits_torch(
+    logits: Tensor, targets: Tensor, target_logits: Tensor, logps: Tensor, largest: Tensor, total: Tensor,
+    transform: LogitTransform, columns: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """d logps / d logits of a block of rows, or of some columns of it, in the dtype of the stats."""
+    if columns is None:
+        inside, target = (targets >= 0) & (targets < logits.shape[1]), targets.clamp(0, logits.shape[1] - 1)
+    else:
+        logits, transform = logits[:, columns], transform.columns(columns)
+        is_target = columns == targets[:, None]
+        inside, target = is_target.any(1), is_target.int().argmax(1)
+    inside, target = inside[:, None], target[:, None]
+    z = transform(logits.to(target_logits.dtype, copy=True))
+    # a target of another slab keeps the value its clamped column has anyway
+    target_logit = torch.where(inside, target_logits[:, None], z.gather(1, target))
+    slope = _softcap_slope(z, target, target_logit, transform)
+    dlogits = z.sub_(largest[:, None]).exp_().mul_(-1 / total[:, None])
+    at_target = torch.where(inside, -torch.expm1(logps[:, None]), dlogits.gather(1, target))
+    return _through_transform(dlogits.scatter_(1, target, at_target), slope, transform)
+
+
+def row_blocks(logits: Tensor, N: int) -> list[slice]:
     bytes_per_row = 4 * logits.shape[1]
     step = max(1, TORCH_BLOCK_BYTES.get(logits.device.type, TORCH_BLOCK_BYTES_DEFAULT) // bytes_per_row)
     return [slice(start, min(start + step, N)) for start in range(0, N, step)]

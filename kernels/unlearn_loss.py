@@ -58,7 +58,7 @@ class _UnlearnLoss(torch.autograd.Function):
         ctx.save_for_backward(logits, targets, plan.rows, plan.coefs, *stats)
         ctx.passes, ctx.inplace = passes, inplace
         outputs = reduce_losses(plan, results, forget_coef, retain_coef)
-        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.mark_non_differentiable(*(output for output in outputs[1:] if output is not None))
         return outputs
 
     @staticmethod
