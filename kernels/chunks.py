@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 256, 4096
 
 # bytes of logits alive at once by default: what keeps the two GEMMs that read the head at their rate (frozen), and the
@@ -28,11 +30,47 @@ class Span(NamedTuple):
     weight_known_late: bool
 
 
-def default_chunk_tokens(V: int, itemsize: int, *, head_is_trained: bool) -> int:
-    """Tokens whose logits (`itemsize` bytes each) fit the default budget, a multiple of 128 in [256, 4096]."""
-    chunk_bytes = TRAINED_CHUNK_BYTES if head_is_trained else FROZEN_CHUNK_BYTES
+def default_chunk_tokens(
+    V: int, itemsize: int, device: torch.device, *, head_is_trained: bool, chunk_bytes: int | None = None
+) -> int:
+    """Tokens of a chunk: what `chunk_bytes` holds at V * itemsize bytes a token, a multiple of 128 in [256, 4096].
+
+    The rules, for matrix units of F flop/s and memory of B bytes/s (ratios F / B: 266 on an H100, 76 on an RTX 3090):
+    the two products that read the head want F / B rows, so that its bytes hide behind their arithmetic; the float32
+    read-modify-write of dW moves four times as much and wants 4 F / B. More rows only cost memory. So the default is
+    512 MiB of logits for a frozen head and 1 GiB for a trained one, and never more than a quarter of the free memory.
+    """
+    if chunk_bytes is None:
+        chunk_bytes = TRAINED_CHUNK_BYTES if head_is_trained else FROZEN_CHUNK_BYTES
+        if device.type == "cuda":
+            chunk_bytes = min(chunk_bytes, torch.cuda.mem_get_info(device)[0] // 4)
     tokens = chunk_bytes // (V * itemsize) // 128 * 128
     return min(max(tokens, MIN_CHUNK_TOKENS), MAX_CHUNK_TOKENS)
+
+
+def loss_memory_bytes(
+    N: int, D: int, V: int, chunk_tokens: int, itemsize: int, *, head_is_trained: bool, late_sequences: int = 0
+) -> int:
+    """The most bytes that `linear_unlearn_loss` and its backward hold at once beside their arguments.
+
+    With exact gradients; a few numbers for each token and sequence, and cache-sized blocks, are left out.
+
+    Args:
+        N: tokens that count.   D: hidden size.   V: vocabulary.   itemsize: bytes of an operand's element.
+        late_sequences: forget sequences longer than a chunk.
+    """
+    n = min(N, chunk_tokens)
+    logits, dx, head = n * V * itemsize, N * D * itemsize, V * D * itemsize
+    # a chunk's hidden states and their row scale
+    rows = 2 * n * D * itemsize
+    if not head_is_trained:
+        return dx + max(logits + rows, dx)
+    # one product writes dW once, in its own dtype; several add up in float32, a late sequence's beside the others'
+    sums = head if chunk_tokens >= N else max(4, itemsize) * V * D
+    late = sums if late_sequences > 1 else 0
+    forward = max(logits + rows + sums + late, sums + head)
+    # the backward scales dx and dW by the upstream gradient into new tensors: a second backward finds them unchanged
+    return dx + max(forward, dx + 2 * head)
 
 
 def even_chunks(N: int, chunk_tokens: int) -> list[tuple[int, int]]:

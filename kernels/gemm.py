@@ -13,6 +13,17 @@ def _accumulates_in_float32(a: Tensor) -> bool:
     return a.is_cuda and torch.version.hip is None
 
 
+def logits_into(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """x (n, D) @ weight (V, D)^T into `out` (n, V): in the operands' dtype, or in float32, never rounded."""
+    if out.dtype == x.dtype:
+        return torch.mm(x, weight.t(), out=out)
+    if _accumulates_in_float32(x):
+        return torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
+    for rows in _slabs(weight):
+        out[:, rows] = torch.mm(x.float(), weight[rows].float().t())
+    return out
+
+
 def mm_float32(a: Tensor, b: Tensor) -> Tensor:
     """a (M, K) @ b (K, N) in float32 (float64 for float64) whatever the dtype of the operands."""
     if a.dtype in (torch.float32, torch.float64):

@@ -19,8 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from simnpo.kernels.head import LogitTransform
-from simnpo.kernels.passes import Passes
+from simnpo.kernels.head import HeadOptions, RowStats
 
 # beyond this share of the columns gathering them costs more than the two products save
 DENSE_SHARE = 0.5
@@ -85,21 +84,21 @@ def choose_columns(energy: Tensor, gradient_error: float) -> tuple[Tensor, Budge
 
 
 def keep_columns(
-    logits: Tensor, targets: Tensor, stats: tuple[Tensor, ...], transform: LogitTransform, coefs: Tensor | None,
-    gradient_error: float, passes: Passes,
-) -> tuple[KeptColumns | None, Budget]:  # fmt: skip
+    logits: Tensor, targets: Tensor, stats: RowStats, coefs: Tensor | None, options: HeadOptions
+) -> tuple[KeptColumns | None, Budget]:
     """Choose the columns of a chunk and compute their gradient; None where the chunk had better be multiplied whole.
 
     Args:
         logits: (N, V) the head's plain products, rows contiguous; not modified.
-        targets: (N,) int64, counted from the first column.   stats: target_logits, logps, largest, total of `row_pass`.
+        targets: (N,) int64, counted from the first column.   stats: the tokens', from `head_chunk`.
         coefs: (N,) d loss / d logp; None where they are one unknown number.
     """
+    transform, passes = options.transform, options.passes
     energy, mass, row_mass = passes.column_pass(logits, targets, *stats, transform, coefs)
-    columns, budget = choose_columns(energy, gradient_error)
+    columns, budget = choose_columns(energy, options.gradient_error)
     if len(columns) > DENSE_SHARE * logits.shape[1]:
         return None, Budget(budget.total, torch.zeros_like(budget.dropped))
-    dz = logits.new_empty(len(logits), len(columns))
+    dz = logits.new_empty(len(logits), len(columns), dtype=options.dtype)
     passes.row_gradient(logits, targets, *stats, transform, dz, columns=columns)
     row_tail = row_mass - dz.sum(1, dtype=row_mass.dtype)
     profile = mass.index_fill(0, columns, 0)

@@ -51,13 +51,19 @@ class RowStats(NamedTuple):
 
 
 class HeadOptions(NamedTuple):
-    """What does not change from chunk to chunk."""
+    """What does not change from chunk to chunk; dtype is that of the products' operands."""
 
     transform: LogitTransform
     dtype: torch.dtype
+    logits_dtype: torch.dtype
     chunk_tokens: int
     gradient_error: float
     passes: Passes
+
+
+def gradient_buffer(chunk: Tensor, options: HeadOptions) -> Tensor:
+    """Where the gradient of a chunk of logits goes: over them, or beside them where it is of another dtype."""
+    return chunk if chunk.dtype == options.dtype else torch.empty_like(chunk, dtype=options.dtype)
 
 
 def float_dtype(tensor: Tensor) -> torch.dtype:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from simnpo.kernels.gemm import add_mm_, mm_float32
 from simnpo.kernels.gradient_budget import Budget, KeptColumns, keep_columns
-from simnpo.kernels.head import HeadOptions, RowStats, float_dtype
+from simnpo.kernels.head import HeadOptions, RowStats, float_dtype, gradient_buffer
 
 
 class HeadGradients:
@@ -51,10 +51,11 @@ class HeadGradients:
         kept = None
         if self.options.gradient_error:
             transform, passes = self.options.transform, self.options.passes
-            kept, budget = keep_columns(chunk, targets, stats, transform, coefs, self.options.gradient_error, passes)
+            kept, budget = keep_columns(chunk, targets, stats, coefs, self.options)
             self.budget = budget if self.budget is None else self.budget + budget
             if kept is None:
-                passes.row_gradient(chunk, targets, *stats, transform, chunk)
+                logits, chunk = chunk, gradient_buffer(chunk, self.options)
+                passes.row_gradient(logits, targets, *stats, transform, chunk)
         self._add_dx(rows, chunk, kept, coefs)
         if self.needs[1]:
             self._add_dweight(x, chunk, kept, coefs)

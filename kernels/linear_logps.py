@@ -21,8 +21,15 @@ from simnpo.kernels.autograd import first_derivative_only
 from simnpo.kernels.backend import IGNORE_INDEX, Impl
 from simnpo.kernels.checks import check_head, read_layout
 from simnpo.kernels.chunks import default_chunk_tokens, even_chunks
-from simnpo.kernels.gemm import mm_float32
-from simnpo.kernels.head import HeadOptions, LogitTransform, RowStats, float_dtype, product_dtype
+from simnpo.kernels.gemm import logits_into, mm_float32
+from simnpo.kernels.head import (
+    HeadOptions,
+    LogitTransform,
+    RowStats,
+    float_dtype,
+    gradient_buffer,
+    product_dtype,
+)
 from simnpo.kernels.head_gradients import HeadGradients
 from simnpo.kernels.passes import passes_for
 
@@ -30,14 +37,20 @@ from simnpo.kernels.passes import passes_for
 def head_chunk(
     x: Tensor, weight: Tensor, targets: Tensor, buffer: Tensor, options: HeadOptions, *, write_gradient: bool
 ) -> tuple[Tensor, RowStats]:
-    """One chunk through the head: x (n, D), targets (n,) -> chunk (n, V) and its stats.
+    """One chunk through the head: x (n, D), targets (n,) -> (n, V) and the tokens' stats.
 
-    `chunk` is a view of `buffer`; with write_gradient it holds d logps / d (h W^T).
+    The (n, V) tensor is h W^T, a view of `buffer` (in options.logits_dtype); with write_gradient it is
+    d logps / d (h W^T), written over it where the dtypes allow.
     """
-    chunk = torch.mm(x, weight.t(), out=buffer[: len(x)])
-    target_logits = options.transform.at(targets, options.passes.indexed_dot(x, weight, targets))
-    stats = options.passes.row_pass(chunk, targets, target_logits, options.transform, write_gradient=write_gradient)
-    return chunk, RowStats(target_logits, *stats)
+    chunk = logits_into(x, weight, buffer[: len(x)])
+    passes, transform = options.passes, options.transform
+    target_logits = transform.at(targets, passes.indexed_dot(x, weight, targets))
+    in_place = write_gradient and chunk.dtype == options.dtype
+    stats = RowStats(target_logits, *passes.row_pass(chunk, targets, target_logits, transform, write_gradient=in_place))
+    if write_gradient and not in_place:
+        logits, chunk = chunk, gradient_buffer(chunk, options)
+        passes.row_gradient(logits, targets, *stats, transform, chunk)
+    return chunk, stats
 
 
 def _linear_logps_fwd(
@@ -49,7 +62,7 @@ def _linear_logps_fwd(
     # fp16 cannot hold the gradient of a memorised token, 1e-6; bf16 has float32's range
     jacobian_dtype = torch.float32 if options.dtype == torch.float16 else options.dtype
     jacobian = weight.new_empty(N if keep_jacobian else 0, weight.shape[1], dtype=jacobian_dtype)
-    buffer = weight.new_empty(min(N, options.chunk_tokens), weight.shape[0])
+    buffer = weight.new_empty(min(N, options.chunk_tokens), weight.shape[0], dtype=options.logits_dtype)
     for start, stop in even_chunks(N, options.chunk_tokens):
         chunk_rows = rows[start:stop]
         x = hidden_states[chunk_rows].to(options.dtype)
@@ -76,14 +89,15 @@ def _linear_logps_bwd(
 
     # N x slab logits take the memory of chunk_tokens x V
     slab = max(1, min(V, options.chunk_tokens * V // max(N, 1)))
-    buffer = weight.new_empty(N * slab)
+    buffer = weight.new_empty(N * slab, dtype=options.logits_dtype)
     for start in range(0, V, slab):
         columns = slice(start, min(start + slab, V))
         width = columns.stop - start
-        chunk = torch.mm(x, weight[columns].t(), out=buffer[: N * width].view(N, width))
+        chunk = logits_into(x, weight[columns], buffer[: N * width].view(N, width))
         slab_options = options._replace(transform=options.transform.columns(columns))
         if not options.gradient_error:
-            options.passes.row_gradient(chunk, targets - start, *stats, slab_options.transform, chunk)
+            logits, chunk = chunk, gradient_buffer(chunk, options)
+            options.passes.row_gradient(logits, targets - start, *stats, slab_options.transform, chunk)
         gradients = HeadGradients(slab_dx, weight[columns], needs, 1, slab_options)
         gradients.add(slice(0, N), x, targets - start, chunk, stats, dlogps)
         if dx is not None and slab_dx is not None:
@@ -138,7 +152,7 @@ class _LinearLogps(torch.autograd.Function):
 def linear_logps(
     hidden_states: Tensor, lm_head_weight: Tensor, targets: Tensor, *, bias: Tensor | None = None,
     logit_scale: float = 1.0, logit_softcap: float | None = None, gradient_error: float = 0.0,
-    chunk_tokens: int | None = None, impl: Impl = "auto",
+    logits_dtype: torch.dtype | None = None, chunk_tokens: int | None = None, impl: Impl = "auto",
 ) -> Tensor:  # fmt: skip
     """Log-probability of each target, without materialising the logits.
 
@@ -153,6 +167,8 @@ def linear_logps(
         logit_scale, logit_softcap: logits = c tanh(scale * (h W^T + bias) / c), without the tanh for None.
         gradient_error: relative L2 error allowed in the gradient of the logits of a trained head, in [0, 1); see
             `linear_unlearn_loss`.
+        logits_dtype: torch.float32 keeps the logits of a chunk unrounded between half-precision products, at three
+            times their memory; None: the dtype of the products.
         chunk_tokens: rows of logits alive at once; None chooses by memory.
         impl: "auto", "triton" or "torch".
 
@@ -175,8 +191,8 @@ def linear_logps(
             "it computes their gradient: use linear_unlearn_loss, or gradient_error=0"
         )
     options = head_options(
-        hidden_states, lm_head_weight, bias, logit_scale, logit_softcap, chunk_tokens, gradient_error, impl,
-        head_is_trained=trained,
+        hidden_states, lm_head_weight, bias, logit_scale, logit_softcap, gradient_error,
+        logits_dtype, chunk_tokens, impl, head_is_trained=trained,
     )  # fmt: skip
     with torch.autocast(hidden_states.device.type, enabled=False):
         logps = _LinearLogps.apply(flat, lm_head_weight, bias, flat_targets, layout.rows, options, needs)
@@ -195,18 +211,26 @@ def needs_gradient(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -
 
 def head_options(
     hidden_states: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None,
-    chunk_tokens: int | None, gradient_error: float, impl: str, *, head_is_trained: bool,
+    gradient_error: float, logits_dtype: torch.dtype | None, chunk_tokens: int | None, impl: str, *, head_is_trained: bool,
 ) -> HeadOptions:  # fmt: skip
-    """Resolve dtype, chunk size and implementation; check the numbers."""
+    """Resolve dtypes, chunk size and implementation; check the numbers."""
     if not 0 <= gradient_error < 1:
         raise ValueError(f"gradient_error must be in [0, 1), 0 for exact gradients, got {gradient_error}")
     dtype = product_dtype(hidden_states, weight)
+    widest = torch.promote_types(dtype, torch.float32)
+    if logits_dtype not in (None, dtype, widest):
+        raise ValueError(f"logits_dtype must be None, {dtype} or {widest}, got {logits_dtype}")
+    logits_dtype = dtype if logits_dtype is None else logits_dtype
     if chunk_tokens is None:
-        chunk_tokens = default_chunk_tokens(weight.shape[0], dtype.itemsize, head_is_trained=head_is_trained)
+        # logits wider than the products need their gradient beside them
+        itemsize = dtype.itemsize if logits_dtype == dtype else logits_dtype.itemsize + dtype.itemsize
+        chunk_tokens = default_chunk_tokens(weight.shape[0], itemsize, weight.device, head_is_trained=head_is_trained)
     elif chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
     transform = LogitTransform(None if bias is None else bias.detach(), float(scale), softcap)
-    return HeadOptions(transform, dtype, chunk_tokens, float(gradient_error), passes_for(impl, hidden_states))
+    return HeadOptions(
+        transform, dtype, logits_dtype, chunk_tokens, float(gradient_error), passes_for(impl, hidden_states)
+    )  # fmt: skip
 
 
 def linear_logps_torch(

@@ -133,7 +133,8 @@ def _linear_unlearn_loss_fwd(
     dx_dtype = torch.float32 if options.dtype == torch.float16 else options.dtype
     dx = weight.new_empty(len(plan.rows), weight.shape[1], dtype=dx_dtype) if needs[0] else None
     gradients = HeadGradients(dx, weight, needs, len(pieces), options)
-    buffer = weight.new_empty(max((stop - start for start, stop in pieces), default=0), weight.shape[0])
+    most_rows = max((stop - start for start, stop in pieces), default=0)
+    buffer = weight.new_empty(most_rows, weight.shape[0], dtype=options.logits_dtype)
 
     for span in plan.spans:
         # while the weight is not known, sums of its own
@@ -202,8 +203,8 @@ def linear_unlearn_loss(
     hidden_states: Tensor, lm_head_weight: Tensor, targets: Tensor, objective: Objective, *,
     cu_seqlens: Tensor | None = None, retain_mask: Tensor | None = None, ref_logps: Tensor | None = None,
     forget_coef: float = 1.0, retain_coef: float = 1.0, bias: Tensor | None = None, logit_scale: float = 1.0,
-    logit_softcap: float | None = None, gradient_error: float = 0.0, chunk_tokens: int | None = None,
-    impl: Impl = "auto",
+    logit_softcap: float | None = None, gradient_error: float = 0.0,
+    logits_dtype: torch.dtype | None = None, chunk_tokens: int | None = None, impl: Impl = "auto",
 ) -> UnlearnLoss:  # fmt: skip
     """An unlearning loss of a batch of forget and retain sequences, without materialising the logits.
 
@@ -220,7 +221,9 @@ def linear_unlearn_loss(
         gradient_error: relative L2 error allowed in the gradient of the logits, in [0, 1); 0 is exact. With 0.004 the
             backward products run over the few per cent of the vocabulary that carry the gradient, at an error the size
             of bf16's own. Loss and log-probabilities stay exact.
-        chunk_tokens: rows of logits alive at once; None chooses by memory.
+        logits_dtype: torch.float32 keeps the logits of a chunk unrounded between half-precision products, at three
+            times their memory; None: the dtype of the products.
+        chunk_tokens: rows of logits alive at once; None chooses by memory (`chunks.default_chunk_tokens`).
         impl: "auto", "triton" or "torch".
 
     Returns:
@@ -238,8 +241,8 @@ def linear_unlearn_loss(
     # a budget wants the weights too, so that sequences without weight claim no columns
     aligned = needs[1] or needs[2] or gradient_error > 0
     options = head_options(
-        hidden_states, lm_head_weight, bias, logit_scale, logit_softcap, chunk_tokens, gradient_error, impl,
-        head_is_trained=needs[1] or needs[2],
+        hidden_states, lm_head_weight, bias, logit_scale, logit_softcap, gradient_error,
+        logits_dtype, chunk_tokens, impl, head_is_trained=needs[1] or needs[2],
     )  # fmt: skip
     dtype = torch.float64 if options.dtype == torch.float64 else torch.float32
     with torch.autocast(hidden_states.device.type, enabled=False):

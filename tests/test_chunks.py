@@ -1,5 +1,6 @@
 """The plan decides memory and arithmetic: every token in exactly one product, none larger than a chunk."""
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,7 +46,9 @@ def test_sequences_fill_the_chunks():
 
 
 def test_default_chunk_follows_the_bytes():
-    assert default_chunk_tokens(128_256, 2, head_is_trained=True) == 4096
-    assert default_chunk_tokens(128_256, 2, head_is_trained=False) == 2048
-    assert default_chunk_tokens(256_000, 4, head_is_trained=False) == 512
-    assert default_chunk_tokens(10**7, 4, head_is_trained=False) == 256
+    cpu = torch.device("cpu")
+    assert default_chunk_tokens(128_256, 2, cpu, head_is_trained=True) == 4096
+    assert default_chunk_tokens(128_256, 2, cpu, head_is_trained=False) == 2048
+    assert default_chunk_tokens(256_000, 4, cpu, head_is_trained=False) == 512
+    assert default_chunk_tokens(10**7, 4, cpu, head_is_trained=False) == 256
+    assert default_chunk_tokens(1000, 2, cpu, head_is_trained=True, chunk_bytes=2_000_000) == 896

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from simnpo import GradAscent, SimNPO, linear_logps, linear_unlearn_loss
 from simnpo.kernels.gradient_budget import choose_columns, keep_columns
-from simnpo.kernels.head import LogitTransform
+from simnpo.kernels.head import HeadOptions, LogitTransform, RowStats
 from simnpo.kernels.passes import TORCH
 from simnpo.kernels.row_pass import row_pass_torch
 
@@ -49,8 +49,11 @@ def test_the_dropped_part_is_within_the_budget(seed, spread, gradient_error, sma
         coefs = torch.randn(N, generator=g, dtype=torch.float64)
         coefs[::2] *= smallest_coef
     target_logits = logits.gather(1, targets[:, None])[:, 0]
-    stats = (target_logits, *row_pass_torch(logits, targets, target_logits, LogitTransform(), write_gradient=False))
-    kept, budget = keep_columns(logits, targets, stats, LogitTransform(), coefs, gradient_error, TORCH)
+    stats = RowStats(
+        target_logits, *row_pass_torch(logits, targets, target_logits, LogitTransform(), write_gradient=False)
+    )
+    options = HeadOptions(LogitTransform(), logits.dtype, logits.dtype, N, gradient_error, TORCH)
+    kept, budget = keep_columns(logits, targets, stats, coefs, options)
     assert budget.relative_error() <= gradient_error
     if kept is None:
         return

@@ -235,3 +235,28 @@ def test_triton_on_a_cpu_tensor_says_what_to_do(monkeypatch):
     (h, w, _), targets = operands(dtype=torch.float32)
     with pytest.raises(ValueError, match='use impl="torch"'):
         linear_logps(h, w, targets, impl="triton")
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_float32_logits_of_bf16_operands(regime, trained):
+    h, w, targets = regime_operands(regime, N=96, D=64, V=1500)
+    h, w, upstream = h.bfloat16(), w.bfloat16(), torch.rand(96) + 0.5
+
+    def run(h, w, op=linear_logps, **options):
+        return value_and_grad(
+            lambda *x: op(*(x if trained else (x[0], w)), targets, **options), [h, w] if trained else [h], upstream
+        )
+
+    wide, narrow = run(h, w, logits_dtype=torch.float32, chunk_tokens=40), run(h, w, chunk_tokens=40)
+    exact = run(h.double(), w.double(), op=linear_logps_torch)
+    # the log-probabilities lose only float32's rounding, the gradients that of dz to bf16
+    assert relative_error(wide[0], exact[0]) < 3e-6
+    for a, b, c in zip(wide[1:], narrow[1:], exact[1:], strict=True):
+        assert relative_error(a, c) < min(0.004, 1.1 * relative_error(b, c))
+
+
+def test_refuses_logits_narrower_than_the_products():
+    (h, w, _), targets = operands(dtype=torch.float32)
+    with pytest.raises(ValueError, match="logits_dtype must be None"):
+        linear_logps(h, w, targets, logits_dtype=torch.bfloat16)

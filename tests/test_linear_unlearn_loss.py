@@ -3,11 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from memory import peak_bytes
 from numerics import REGIMES, assert_no_worse_than_eager, regime_operands, relative_error
 from torch.utils.flop_counter import FlopCounterMode
 
 from simnpo import NPO, GradAscent, SimNPO, linear_unlearn_loss
+from simnpo.kernels.chunks import loss_memory_bytes
 from simnpo.kernels.linear_logps import linear_logps_torch
+from simnpo.kernels.row_pass import TORCH_BLOCK_BYTES
 
 OBJECTIVES = (SimNPO(beta=2.5, gamma=0.7), NPO(beta=0.2), GradAscent(), GradAscent(normalize=True))
 COEFS = {"forget_coef": 0.1375, "retain_coef": 1.3}
@@ -368,3 +371,24 @@ def test_refuses(message):
     (h, w, _), targets, _, _ = ragged(dtype=torch.float32)
     with pytest.raises(ValueError, match=message):
         BAD[message](h, w, targets.where(targets != 0, 1).index_fill(1, torch.tensor([0]), 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk_tokens", [1024, 256, 40])
+@pytest.mark.parametrize("trained", [True, False])
+def test_memory_is_the_formulas(dtype, chunk_tokens, trained):
+    B, T, D, V = 16, 64, 64, 16_000
+    h, w = torch.randn(B, T, D).to(dtype).requires_grad_(), torch.randn(V, D).to(dtype).requires_grad_(trained)
+    targets = torch.randint(0, V, (B, T))
+
+    def step():
+        loss = linear_unlearn_loss(h, w, targets, SimNPO(), chunk_tokens=chunk_tokens).loss
+        loss.backward()
+        return h.grad, w.grad
+
+    formula = loss_memory_bytes(
+        B * T, D, V, chunk_tokens, dtype.itemsize, head_is_trained=trained, late_sequences=B if chunk_tokens < T else 0
+    )
+    # the torch row pass works on two cache-sized blocks: a float32 copy of some rows, and its rounding
+    blocks = 0 if h.is_cuda else 2 * TORCH_BLOCK_BYTES["cpu"]
+    assert formula * 0.99 <= peak_bytes(step) <= formula * 1.02 + blocks
