@@ -211,7 +211,8 @@ def needs_gradient(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -
 
 def head_options(
     hidden_states: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None,
-    gradient_error: float, logits_dtype: torch.dtype | None, chunk_tokens: int | None, impl: str, *, head_is_trained: bool,
+    gradient_error: float, logits_dtype: torch.dtype | None, chunk_tokens: int | None, impl: str, *,
+    head_is_trained: bool,
 ) -> HeadOptions:  # fmt: skip
     """Resolve dtypes, chunk size and implementation; check the numbers."""
     if not 0 <= gradient_error < 1:
