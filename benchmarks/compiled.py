@@ -190,13 +190,14 @@ def read_kernel(kernel: Any, launch: Launch) -> dict:
     block = next(value for name, value in constants.items() if name.startswith("BLOCK_"))
     elements = max(1, block // (meta.num_warps * meta.target.warp_size))
     counts = [read_body(body) for body in bodies(code)]
+    wide = elements * launch.itemsize
     return {
         "kernel": kernel.name, "launch": launch.name, "itemsize": launch.itemsize,
         "warps": meta.num_warps, "elements": elements,
         "registers": registers, "spilled_bytes": spilled_bytes, "shared": meta.shared,
         "narrow_products": narrow_products(kernel.asm["ttir"]),
         "machine_code": launch.disassemble or not cuda, "bodies": counts,
-        "narrow": any(b["wide_load_bytes"] < elements * launch.itemsize or b["narrow_loads"] > ROW_NUMBERS for b in counts),
+        "narrow": any(b["wide_load_bytes"] < wide or b["narrow_loads"] > ROW_NUMBERS for b in counts),
     }  # fmt: skip
 
 
