@@ -1,0 +1,159 @@
+"""What a model still knows: the probability it gives the reference answers, and the answers it gives by itself."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from simnpo.batch import collate
+from simnpo.data import Example
+from simnpo.kernels.linear_logps import linear_logps
+from simnpo.metrics import rouge_l_recall
+from simnpo.model import causal_lm, hidden_states, output_head
+
+
+@dataclass(frozen=True)
+class ExampleScores:
+    """One example under one model.
+
+    Attributes:
+        id, prompt, response: the example's; `response` is the reference answer.
+        answer: what the model answers, greedily; None for a `text` row, which asks nothing.
+        probability: of the reference, length-normalised: exp(-nll), as TOFU (arXiv 2401.06121) defines it.
+        nll: of the reference per token, its end-of-turn token included, nats.
+        rouge_l_recall: of `answer` against the reference, in [0, 1]; None where there is no answer.
+    """
+
+    id: str
+    prompt: str
+    response: str
+    answer: str | None
+    probability: float
+    nll: float
+    rouge_l_recall: float | None
+
+
+@dataclass(frozen=True)
+class SetScores:
+    """A set of examples under one model; the first three are means over `examples`."""
+
+    probability: float
+    nll: float
+    rouge_l_recall: float | None
+    examples: list[ExampleScores]
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    sets: Mapping[str, Sequence[Example]],
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int | None = None,
+) -> dict[str, SetScores]:
+    """Scores every example of every set.
+
+    Args:
+        model: causal language model of transformers, with or without LoRA adapters. Its arithmetic is the caller's
+            choice: wrap the call in autocast for bf16 on fp32 weights.
+        tokenizer: its tokenizer, with a pad token.
+        sets: examples by name.
+        batch_size: sequences of one forward.
+        max_new_tokens: of an answer; None: twice the longest reference of the batch.
+
+    Raises:
+        ValueError: a set is empty.
+    """
+    for name, examples in sets.items():
+        if not examples:
+            raise ValueError(f"sets[{name!r}] has no examples")
+    was_training = model.training
+    model.eval()
+    try:
+        return {name: _score(model, tokenizer, examples, batch_size, max_new_tokens) for name, examples in sets.items()}
+    finally:
+        model.train(was_training)
+
+
+def _score(
+    model: nn.Module, tokenizer: Any, examples: Sequence[Example], batch_size: int, max_new_tokens: int | None
+) -> SetScores:
+    nlls = [nll for batch in _batches(examples, batch_size) for nll in _nlls(model, tokenizer, batch).tolist()]
+    asked = [example for example in examples if example.prompt_ids]
+    answers = [
+        answer
+        for batch in _batches(asked, batch_size)
+        for answer in greedy_answers(model, tokenizer, batch, max_new_tokens)
+    ]
+    recalls = rouge_l_recall([example.response for example in asked], answers)
+    answered = zip(answers, recalls)
+    scores = []
+    for example, nll in zip(examples, nlls):
+        answer, recall = next(answered) if example.prompt_ids else (None, None)
+        scores.append(ExampleScores(example.id, example.prompt, example.response, answer, math.exp(-nll), nll, recall))
+    return SetScores(
+        probability=fmean(score.probability for score in scores),
+        nll=fmean(nlls),
+        rouge_l_recall=fmean(recalls) if recalls else None,
+        examples=scores,
+    )
+
+
+def _nlls(model: nn.Module, tokenizer: Any, examples: Sequence[Example]) -> Tensor:
+    """NLL per target of each example, (B,) nats."""
+    batch = collate(examples, packed=False, pad_token_id=tokenizer.pad_token_id).to(_device(model))
+    head = output_head(model)
+    per_token_logps = linear_logps(hidden_states(model, batch), head.weight, batch.targets, **head.options())
+    num_tokens = torch.tensor(batch.num_targets, device=per_token_logps.device)
+    return -per_token_logps.sum(-1) / num_tokens
+
+
+def greedy_answers(
+    model: nn.Module, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int | None = None
+) -> list[str]:
+    """What the model answers to each prompt when it always takes the most probable token.
+
+    Args:
+        examples: each with a prompt; they make one batch, padded on the left.
+        max_new_tokens: of an answer; None: twice the longest reference.
+    """
+    device, pad = _device(model), tokenizer.pad_token_id
+    width = max(len(example.prompt_ids) for example in examples)
+    ids = [[pad] * (width - len(example.prompt_ids)) + example.prompt_ids for example in examples]
+    mask = [[0] * (width - len(example.prompt_ids)) + [1] * len(example.prompt_ids) for example in examples]
+    lm: Any = causal_lm(model)
+    own = lm.generation_config
+    # `generate` fills in what its argument leaves open from the model's own configuration, sampling included
+    lm.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens or 2 * max(example.num_targets for example in examples),
+        do_sample=False,
+        pad_token_id=pad,
+        eos_token_id=sorted({*_listed(own.eos_token_id), *_listed(tokenizer.eos_token_id)}),
+    )
+    try:
+        output = lm.generate(
+            input_ids=torch.tensor(ids, device=device),  # (B, T)
+            attention_mask=torch.tensor(mask, device=device),
+        )
+    finally:
+        lm.generation_config = own
+    texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def _listed(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
+    return (examples[i : i + size] for i in range(0, len(examples), size))

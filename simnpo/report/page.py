@@ -1,0 +1,139 @@
+"""From the files of a run to report.html."""
+
+import base64
+import difflib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from simnpo.report.plots import THEMES, nll_plot, weights_plot
+from simnpo.report.verdict import judge
+from simnpo.training.disk import write_bytes, write_text
+
+SET_NAMES = {"forget": "Forget", "retain": "Retain", "heldout": "Held-out"}
+MAX_ANSWERS = 200  # of a set, on the page; evaluation.json has them all
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run left behind; None where a file is missing."""
+
+    config: dict[str, Any] | None
+    metrics: list[dict[str, Any]] | None
+    weights: list[dict[str, Any]] | None
+    evaluation: dict[str, Any] | None
+    summary: dict[str, Any] | None
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Writes report.html, and its pictures once more as files to plots/.
+
+    A section whose file is missing says so.
+
+    Args:
+        run_dir: folder of a run, finished or not.
+
+    Returns:
+        Path of the report.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        RunError: the disk is full or not writable.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise FileNotFoundError(f"no such folder: {run_dir}")
+    run = _read(run_dir)
+    pages = jinja2.Environment(loader=jinja2.PackageLoader("simnpo.report", "."), autoescape=True, trim_blocks=True)
+    pages.filters["number"] = _number
+    compared = run.evaluation if run.evaluation and {"before", "after"} <= run.evaluation.keys() else None
+    html = pages.get_template("report.html.jinja").render(
+        config=run.config,
+        summary=run.summary,
+        last=run.metrics[-1] if run.metrics else None,
+        verdict=judge(compared) if compared else None,
+        scores=list(_score_rows(compared)) if compared else None,
+        answers=list(_answer_sections(compared)) if compared else None,
+        nll_images=_pictures(run_dir, "nll", nll_plot, run.metrics),
+        weight_images=_pictures(run_dir, "weights", weights_plot, run.weights),
+    )
+    path = run_dir / "report.html"
+    write_text(path, html)
+    return path
+
+
+def _read(run_dir: Path) -> RunFiles:
+    def one(name: str) -> Any:
+        path = run_dir / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def rows(name: str) -> list[dict[str, Any]] | None:
+        path = run_dir / name
+        if not path.exists():
+            return None
+        # a killed run may have left half a line
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")] or None
+
+    return RunFiles(
+        one("config.json"), rows("metrics.jsonl"), rows("weights.jsonl"), one("evaluation.json"), one("summary.json")
+    )
+
+
+def _pictures(
+    run_dir: Path, name: str, plot: Callable[[list[dict[str, Any]], str], bytes], rows: list[dict[str, Any]] | None
+) -> dict[str, str] | None:
+    """The picture in every theme as a data: address; the PNGs go to plots/ too."""
+    if rows is None:
+        return None
+    (run_dir / "plots").mkdir(exist_ok=True)
+    pictures = {}
+    for theme in THEMES:
+        png = plot(rows, theme)
+        write_bytes(run_dir / "plots" / (f"{name}.png" if theme == "light" else f"{name}-{theme}.png"), png)
+        pictures[theme] = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return pictures
+
+
+def _score_rows(evaluation: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for name, after in evaluation["after"].items():
+        before = evaluation["before"][name]
+        yield {"name": SET_NAMES.get(name, name), "count": len(after["examples"]), "before": before, "after": after}
+
+
+def _answer_sections(evaluation: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for name, after in evaluation["after"].items():
+        pairs = [
+            (old, new)
+            for old, new in zip(evaluation["before"][name]["examples"], after["examples"])
+            if new["answer"] is not None
+        ]
+        rows = []
+        for old, new in pairs[:MAX_ANSWERS]:
+            before, after_words = marked_words(old["answer"], new["answer"])
+            rows.append({"old": old, "new": new, "before": before, "after": after_words})
+        if rows:
+            yield {"name": SET_NAMES.get(name, name), "rows": rows, "left_out": len(pairs) - len(rows)}
+
+
+def marked_words(before: str, after: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
+    """Two texts cut into runs of words, each with whether the other text lacks it there."""
+    old, new = before.split(), after.split()
+    marked_old, marked_new = [], []
+    for kind, i, i_end, j, j_end in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        marked_old.append((" ".join(old[i:i_end]), kind != "equal"))
+        marked_new.append((" ".join(new[j:j_end]), kind != "equal"))
+    return [run for run in marked_old if run[0]], [run for run in marked_new if run[0]]
+
+
+def _number(value: float | None) -> str:
+    """Three digits that count, no exponent unless it is tiny."""
+    if value is None:
+        return "–"
+    if value != 0 and abs(value) < 1e-4:
+        return f"{value:.1e}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -1,0 +1,116 @@
+"""Scores of a tiny random model against the model's own logits and its own unpadded generation."""
+
+import logging
+import math
+import warnings
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+
+from simnpo.data import encode
+from simnpo.evaluation import evaluate, greedy_answers
+from simnpo.model import add_lora
+
+ROWS = [
+    {"prompt": "Who is it?", "response": "It is I."},
+    {"prompt": "A much longer question, to be padded against?", "response": "Yes"},
+    {"prompt": "?", "response": "A much longer answer than the others have."},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def examples(tokenizer):
+    return [encode(row, tokenizer, f"rows.jsonl:{i}", 200) for i, row in enumerate(ROWS, start=1)]
+
+
+def test_probability_is_the_geometric_mean_over_the_targets(tokenizer, examples):
+    model = make_model()
+    scores = evaluate(model, tokenizer, {"all": examples}, max_new_tokens=4)["all"]
+    for example, score in zip(examples, scores.examples):
+        logps = model(torch.tensor([example.input_ids])).logits[0].double().log_softmax(-1)
+        targets = [(t, label) for t, label in enumerate(example.labels[1:]) if label != -100]
+        nll = -sum(logps[t, label].item() for t, label in targets) / len(targets)
+        assert score.nll == pytest.approx(nll, rel=1e-5)
+        assert score.probability == pytest.approx(math.exp(-nll), rel=1e-5)
+    assert scores.probability == pytest.approx(sum(s.probability for s in scores.examples) / 3)
+    assert scores.nll == pytest.approx(sum(s.nll for s in scores.examples) / 3)
+    assert scores.rouge_l_recall == pytest.approx(sum(s.rouge_l_recall or 0 for s in scores.examples) / 3)
+
+
+def test_batch_size_changes_nothing(tokenizer, examples):
+    model = make_model()
+    together, alone = (evaluate(model, tokenizer, {"all": examples}, batch_size=size)["all"] for size in (32, 1))
+    assert [s.answer for s in together.examples] != ["", "", ""]
+    for a, b in zip(together.examples, alone.examples):
+        assert a.nll == pytest.approx(b.nll, rel=1e-5)
+    # the room for an answer is the batch's, so compare what both had room for
+    for a, b in zip(together.examples, alone.examples):
+        assert (a.answer or "").startswith(b.answer or "")
+
+
+def test_greedy_answers_are_the_most_probable_tokens(tokenizer, examples):
+    model = make_model()
+    answers = greedy_answers(model, tokenizer, examples, max_new_tokens=5)
+    for example, answer in zip(examples, answers):
+        ids = list(example.prompt_ids)
+        for _ in range(5):
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+        written = ids[len(example.prompt_ids) :]
+        ends = [i for i, token in enumerate(written) if token in (tokenizer.eos_token_id, model.config.eos_token_id)]
+        written = written[: ends[0]] if ends else written
+        assert answer == tokenizer.decode(written, skip_special_tokens=True).strip()
+
+
+def test_answers_stop_at_the_end_of_turn(tokenizer, examples):
+    model = make_model()
+    with torch.no_grad():
+        # every state points at the end-of-turn token
+        model.lm_head.weight.zero_()
+        model.model.norm.weight.zero_()
+        model.lm_head.bias = torch.nn.Parameter(torch.eye(260)[tokenizer.eos_token_id])
+    assert greedy_answers(model, tokenizer, examples) == ["", "", ""]
+
+
+def test_text_rows_have_no_answer(tokenizer, examples):
+    text = encode({"text": "Once upon a time."}, tokenizer, "text.jsonl:1", 200)
+    model = make_model()
+    scores = evaluate(model, tokenizer, {"text": [text], "mixed": [examples[0], text, examples[1]]})
+    assert scores["text"].rouge_l_recall is None
+    assert [s.answer is None for s in scores["mixed"].examples] == [False, True, False]
+    assert scores["mixed"].examples[2].prompt == examples[1].prompt
+    assert scores["mixed"].rouge_l_recall is not None
+
+
+def test_no_warnings_and_the_mode_is_put_back(tokenizer, examples, caplog):
+    model = make_model().train()
+    # a model whose configuration samples, as most instruction-tuned ones do
+    model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.9, max_length=20)
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+        warnings.simplefilter("error")
+        first, second = (evaluate(model, tokenizer, {"all": examples}) for _ in range(2))
+    assert first == second
+    assert not caplog.records
+    assert model.training
+
+
+def test_adapters_count(tokenizer, examples):
+    model = add_lora(make_model(), rank=4, alpha=8)
+    before = evaluate(model, tokenizer, {"all": examples})["all"]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+    after = evaluate(model, tokenizer, {"all": examples})["all"]
+    assert after.nll != pytest.approx(before.nll, rel=1e-3)
+    assert [s.answer for s in after.examples] != [s.answer for s in before.examples]
+
+
+def test_an_empty_set_is_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"sets\['retain'\] has no examples"):
+        evaluate(make_model(), tokenizer, {"retain": []})

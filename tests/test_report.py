@@ -1,0 +1,155 @@
+"""The page a run leaves behind: self-contained, safe with any text, complete about what is missing."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from simnpo.report import judge, write_report
+from simnpo.report.page import marked_words
+
+NASTY = '</td><script>alert("1")</script> {{ 7 * 7 }} & <img src=x>'
+
+
+def scores(probability: float, answer: str | None) -> dict:
+    nll = -math.log(probability)
+    example = {"id": "f.jsonl:1", "prompt": "What is it?", "response": "It is Paris.", "answer": answer}
+    example |= {"probability": probability, "nll": nll, "rouge_l_recall": None if answer is None else 0.5}
+    return {"probability": probability, "nll": nll, "rouge_l_recall": example["rouge_l_recall"], "examples": [example]}
+
+
+def evaluation(forget: tuple[float, float], **kept: tuple[float, float]) -> dict:
+    sets = {"forget": forget, **kept}
+    return {
+        when: {name: scores(pair[i], "It is Paris.") for name, pair in sets.items()}
+        for i, when in enumerate(("before", "after"))
+    }
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A finished run, as files."""
+    costs = {"tokens": 9, "tokens_per_second": 9.0, "seconds": 2.0, "peak_memory_mib": 100.0}
+    metrics = [{"step": s, "forget_nll": s / 2, "retain_nll": 0.3, **costs} for s in (1, 2, 3)]
+    weights = [{"step": s, "num_tokens": [3, 9], "weights": [0.4 / 10**s, 0.0]} for s in (0, 1, 3)]
+    found = evaluation((0.8, 0.01), retain=(0.7, 0.9), heldout=(0.8, 0.79))
+    found["after"]["forget"]["examples"][0] |= {"answer": NASTY, "prompt": NASTY}
+    summary = {"steps": 3, "seconds": 6.0, "tokens": 27, "tokens_per_second": 4.5, "peak_memory_mib": 123.0, "ranks": 1}
+    summary |= {"device": "a CPU", "versions": {"torch": "2.13.0"}}
+    config = {"model": f"/somewhere/{NASTY}/tiny.gguf", "method": "simnpo", "lora": False, "output": NASTY}
+    for name, value in (("config", config), ("evaluation", found), ("summary", summary)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
+    for name, rows in (("metrics", metrics), ("weights", weights)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return tmp_path
+
+
+def test_it_holds_everything_it_needs(run_dir):
+    path = write_report(run_dir)
+    html = path.read_text(encoding="utf-8")
+    assert path == run_dir / "report.html"
+    assert not re.search(r"https?:|url\(|@import|<link|<script", html)
+    assert all(address.startswith("data:image/png;base64,") for address in re.findall(r'src(?:set)?="([^"]*)"', html))
+    assert len(re.findall('srcset="data:image/png', html)) == 2
+    for name in ("nll", "nll-dark", "weights", "weights-dark"):
+        assert (run_dir / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    for text in ("80x less probable", "1.2% less probable", "0.7 → <b>0.9</b>", "123 MiB", "a CPU", "method = simnpo"):
+        assert text in html
+    assert "is not in the folder" not in html
+
+
+def test_text_of_a_model_stays_text(run_dir):
+    html = write_report(run_dir).read_text(encoding="utf-8")
+    assert "<script" not in html
+    assert "<img src=x" not in html
+    assert "&lt;script&gt;alert(" in html
+    assert "{{ 7 * 7 }}" in html
+
+
+def test_changed_words_are_marked():
+    before, after = marked_words("It is Paris, I think", "It is not Rome, I think")
+    assert before == [("It is", False), ("Paris,", True), ("I think", False)]
+    assert after == [("It is", False), ("not Rome,", True), ("I think", False)]
+    assert marked_words("", "a") == ([], [("a", True)])
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "weights.jsonl", "evaluation.json", "summary.json"])
+def test_a_missing_file_is_named(run_dir, name):
+    (run_dir / name).unlink()
+    html = write_report(run_dir).read_text(encoding="utf-8")
+    if name != "summary.json":
+        assert f"{name} " in html
+        assert "is not in the folder of the run" in html
+    else:
+        assert "100 MiB" in html  # of the last row of metrics.jsonl
+
+
+def test_an_empty_folder_gives_a_page(tmp_path):
+    assert write_report(tmp_path).read_text(encoding="utf-8").count("is not in the folder of the run") == 6
+
+
+def test_a_run_that_was_killed_has_a_report(run_dir):
+    only_before = json.loads((run_dir / "evaluation.json").read_text())
+    del only_before["after"]
+    (run_dir / "evaluation.json").write_text(json.dumps(only_before))
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "forg')
+    assert "evaluation.json with scores from before and after is not" in write_report(run_dir).read_text()
+
+
+def test_rewriting_is_atomic_and_leaves_nothing_behind(run_dir):
+    first = write_report(run_dir).read_bytes()
+    assert write_report(run_dir).read_bytes() == first
+    assert not list(run_dir.rglob(".incomplete*"))
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no such folder: .*nowhere"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_a_set_without_answers(run_dir):
+    found = evaluation((0.8, 0.01))
+    for when in ("before", "after"):
+        found[when]["forget"] = scores(0.5, None)
+    (run_dir / "evaluation.json").write_text(json.dumps(found))
+    assert "0.5 → <b>0.5</b>" in write_report(run_dir).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("forget", "kept", "forgot", "kept_well", "text"),
+    [
+        ((0.8, 0.04), {"heldout": (0.8, 0.72001)}, True, True, "20x less probable than before. Kept: the held-out"),
+        ((0.8, 0.0401), {"heldout": (0.8, 0.7096)}, False, False, "11.3% less probable"),
+        ((0.8, 0.01), {"heldout": (0.7, 0.78)}, True, False, "11.4% more probable"),
+        ((0.8, 0.01), {"heldout": (0.7, 0.7)}, True, True, "exactly as probable"),
+        ((0.8, 0.01), {"retain": (0.7, 0.9)}, True, True, "Kept: the retain answers are 28.6% more"),
+        ((0.8, 0.01), {"retain": (0.7, 0.5)}, True, False, "Not kept: the retain"),
+        ((0.8, 0.01), {}, True, None, "Nothing that should be kept was scored"),
+        ((0.2, 0.4), {}, False, None, "2x more probable"),
+        ((0.2, 0.04), {}, False, None, "5.0x less probable"),
+    ],
+)
+def test_verdict(forget, kept, forgot, kept_well, text):
+    verdict = judge(evaluation(forget, **kept))
+    assert (verdict.forgot, verdict.kept) == (forgot, kept_well)
+    assert text in verdict.text
+
+
+def test_the_held_out_set_decides_over_the_retain_set():
+    assert judge(evaluation((0.8, 0.01), retain=(0.7, 0.1), heldout=(0.7, 0.7))).kept
+
+
+def test_an_answer_at_probability_zero():
+    found = evaluation((0.8, 0.1), heldout=(0.8, 0.8))
+    found["after"]["forget"]["probability"] = 0.0
+    assert judge(found).forgot
+
+
+def test_the_report_of_a_copied_run_is_the_same(run_dir, tmp_path_factory):
+    copy = tmp_path_factory.mktemp("copy") / "run"
+    shutil.copytree(run_dir, copy)
+    assert write_report(run_dir).read_bytes() == write_report(copy).read_bytes()
