@@ -182,6 +182,9 @@ def _cpu_name() -> str:
 def _commit() -> str:
     """The commit of the checkout this file lies in, with a + where files differ from it."""
     folder = str(Path(__file__).resolve().parent)
+    # installed into an environment inside somebody's own repository, that repository's commit would say nothing
+    if _output("git", "-C", folder, "ls-files", "measure.py") != "measure.py":
+        return "unknown"
     commit = _output("git", "-C", folder, "rev-parse", "--short", "HEAD")
     changed = _output("git", "-C", folder, "status", "--porcelain", "--untracked-files=no", "--", "..")
     return commit + ("+" if changed not in ("", "unknown") else "")

@@ -32,6 +32,7 @@ class Rival(NamedTuple):
     package, install: the module it needs, and the line that brings it.
     needs_cuda: its kernels run on a GPU only.
     bytes_per_logit: peak memory in units of N V, of those that materialise the logits.
+    gradient_error: the relative error of dlogits it was asked to stay within.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Rival(NamedTuple):
     install: str = ""
     needs_cuda: bool = False
     bytes_per_logit: int = 0
+    gradient_error: float = 0.0
 
     def missing(self, batch: Batch) -> str | None:
         """Why it cannot run here, or None."""
@@ -192,7 +194,9 @@ OURS = "simnpo"
 BUDGET = 0.004
 RIVALS = [
     Rival(OURS, ours_logps, ours),
-    Rival(f"simnpo, gradient_error={BUDGET}", None, functools.partial(ours, gradient_error=BUDGET)),
+    Rival(
+        f"simnpo, gradient_error={BUDGET}", None, functools.partial(ours, gradient_error=BUDGET), gradient_error=BUDGET
+    ),
     _peer("eager, as published", published_logps, bytes_per_logit=14),
     _peer("eager, flat rows", flat_logps, bytes_per_logit=14),
     _peer("torch.compile", compiled_logps, bytes_per_logit=14),
