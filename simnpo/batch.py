@@ -6,6 +6,7 @@ Sampling is a pure function of (seed, step, rank): there is no state to save, an
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,7 @@ def collate(
     }
     lengths = [len(example.input_ids) for example in examples]
     if packed:
-        tensors = {name: torch.tensor([sum(rows, [])]) for name, rows in columns.items()}
+        tensors = {name: torch.tensor([list(chain.from_iterable(rows))]) for name, rows in columns.items()}
     else:
         columns["attention_mask"] = [[1] * length for length in lengths]
         fill = {"input_ids": pad_token_id, "targets": IGNORE_INDEX}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 DEFAULT_BETA = {"simnpo": 2.5, "npo": 0.1}
 
 # a resumed run may differ in these; every other field changes the weights that come out
-FREE_ON_RESUME = {"output", "resume", "save_steps", "keep_checkpoints", "logging_steps", "eval_examples"}
+FREE_ON_RESUME = {"output", "heldout", "resume", "save_steps", "keep_checkpoints", "logging_steps", "eval_examples"}
 
 
 def _option(text: str, **kwargs: Any) -> Any:
@@ -29,7 +29,10 @@ class UnlearnConfig:
     model: str = _option("Hugging Face id, folder or .gguf file of a causal language model.")
     forget: str = _option("JSON Lines to forget: prompt/response, question/answer, messages or text per row.")
     output: str = _option("Folder of the run: metrics, checkpoints, report, and the unlearned model in model/.")
-    retain: str | None = _option("JSON Lines to keep knowing, same formats. Without it there is no retain term.", default=None)
+    retain: str | None = _option(
+        "JSON Lines to keep knowing, same formats. Without it there is no retain term.", default=None
+    )
+    heldout: str | None = _option("JSON Lines in neither: only scored, to see what else has changed.", default=None)
 
     method: Literal["simnpo", "npo", "ga"] = _option(
         "simnpo: length-normalised, no reference. npo: against the model's own start. ga: gradient ascent.",
@@ -43,7 +46,9 @@ class UnlearnConfig:
     forget_coef: float = _option("Multiplies the forget term (the `lambda` of published TOFU settings).", default=1.0)
     retain_coef: float = _option("Multiplies the retain term, the mean NLL per retain token.", default=1.0)
 
-    lora: bool = _option("Train LoRA adapters on every linear layer but the head instead of all weights.", default=False)
+    lora: bool = _option(
+        "Train LoRA adapters on every linear layer but the head instead of all weights.", default=False
+    )
     lora_rank: int = _option("Rank of the adapters.", default=16)
     lora_alpha: float = _option("Adapters are scaled by lora_alpha / lora_rank.", default=32.0)
 
@@ -55,9 +60,13 @@ class UnlearnConfig:
         "Micro-batches a step is cut into. Changes the memory, not the mathematics.", default=1
     )
     learning_rate: float = _option("Peak learning rate of AdamW.", default=1e-5)
-    warmup_ratio: float = _option("Share of the steps in which the learning rate rises; it then falls to 0.", default=0.1)
+    warmup_ratio: float = _option(
+        "Share of the steps in which the learning rate rises; it then falls to 0.", default=0.1
+    )
     weight_decay: float = _option("Decoupled; not applied to norms and biases.", default=0.01)
-    max_grad_norm: float = _option("Gradients of a step are scaled to at most this global L2 norm; 0: never.", default=1.0)
+    max_grad_norm: float = _option(
+        "Gradients of a step are scaled to at most this global L2 norm; 0: never.", default=1.0
+    )
     max_length: int = _option("Tokens per sequence, prompt included; the rest of a response is cut off.", default=512)
     seed: int = _option("Fixes order, retain draws, adapters and dropout.", default=0)
 
@@ -71,7 +80,9 @@ class UnlearnConfig:
     )
     chunk_tokens: int | None = _option("Rows of logits alive at once in the loss (default: chosen).", default=None)
     gradient_checkpointing: bool = _option("Recompute activations in backward: less memory, more time.", default=False)
-    attention: str | None = _option("Attention implementation, as transformers names it (default: its own).", default=None)
+    attention: str | None = _option(
+        "Attention implementation, as transformers names it (default: its own).", default=None
+    )
     cpu: bool = _option("Stay on the CPU even if there is an accelerator.", default=False)
 
     save_steps: int = _option("Steps between checkpoints; 0: only the last step.", default=100)

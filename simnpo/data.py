@@ -153,8 +153,10 @@ def _messages(row: dict[str, Any], where: str) -> list[dict[str, str]]:
                 return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
         raise UserError(f"{where}: found keys {sorted(row)}, expected {EXPECTED_KEYS}")
     messages = row["messages"]
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
-        raise UserError(f"{where}: messages must be a list of objects with role and content, got {_shorten(str(messages))}")
+    turns = messages if isinstance(messages, list) else [None]
+    if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns):
+        got = _shorten(str(messages))
+        raise UserError(f"{where}: messages must be a list of objects with role and content, got {got}")
     for message in messages:
         _string(message, "content", where, may_be_empty=message["role"] != "assistant")
     while messages and messages[-1]["role"] != "assistant":
@@ -203,8 +205,8 @@ def _chat_segments(messages: list[dict[str, str]], tokenizer: Any, where: str) -
                 text = text.rstrip()
             if not text.startswith(done):
                 raise UserError(
-                    f"{where}: the chat template rewrites earlier turns of a conversation once message {i + 1} is there: "
-                    "write one row per assistant turn"
+                    f"{where}: the chat template rewrites earlier turns of a conversation once message {i + 1} is "
+                    "there: write one row per assistant turn"
                 )
             pieces.append((text[len(done) :], is_target))
             done = text

@@ -1,6 +1,7 @@
-"""The model as this package sees it: a body that ends in hidden states, and a head that only the fused loss multiplies."""
+"""The model as this package sees it: a body that ends in hidden states, and a head only the fused loss multiplies."""
 
 import logging
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,7 +82,7 @@ def _without_quantization(model: PreTrainedModel, dtype: torch.dtype) -> PreTrai
     """The same weights in a fresh model: one loaded from GGUF carries marks of it that `save_pretrained` trips over."""
     config = model.config
     if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        delattr(config, "quantization_config")
     fresh = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=config._attn_implementation)
     fresh.load_state_dict(model.state_dict())
     fresh.generation_config = model.generation_config
@@ -136,8 +137,8 @@ def output_head(model: nn.Module) -> OutputHead:
     if not isinstance(head, nn.Linear) or weight is None or not weight.is_floating_point():
         kind = f"{type(head).__name__} with {getattr(weight, 'dtype', 'no')} weight"
         raise UserError(
-            f"model: the output head must be a linear layer with floating point weights, got {kind}: load the model with "
-            "its head left out of the quantisation (llm_int8_skip_modules, modules_to_not_convert)"
+            f"model: the output head must be a linear layer with floating point weights, got {kind}: load the model "
+            "with its head left out of the quantisation (llm_int8_skip_modules, modules_to_not_convert)"
         )
     config = lm.config.get_text_config()
     scale = 1.0
@@ -216,7 +217,7 @@ def _probe(model: nn.Module, lengths: list[int]) -> Batch:
     vocab_size = causal_lm(model).config.get_text_config().vocab_size
     device = next(model.parameters()).device
     tokens = [[(31 * i + 17 * n) % vocab_size for i in range(n)] for n in lengths]
-    ids = torch.tensor([sum(tokens, [])], device=device)
+    ids = torch.tensor([list(chain.from_iterable(tokens))], device=device)
     packed = len(lengths) > 1
     return Batch(
         input_ids=ids,

@@ -28,6 +28,11 @@ def save_checkpoint(
         save_file({name: p.detach() for name, p in _trained(model).items()}, new / "weights.safetensors")
         torch.save(optimizer.state_dict(), new / "optimizer.pt")
         write_json(new / "state.json", {"step": step, **state})
+    keep_newest(folder, keep)
+
+
+def keep_newest(folder: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints."""
     for old in checkpoints(folder)[:-keep]:
         remove_folder(old)
 
@@ -40,7 +45,9 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     """
     saved, trained = load_file(path / "weights.safetensors"), _trained(model)
     if {name: tensor.shape for name, tensor in saved.items()} != {name: p.shape for name, p in trained.items()}:
-        raise UserError(f"{path} does not hold the {len(trained)} trained parameters of this model: has the model changed?")
+        raise UserError(
+            f"{path} does not hold the {len(trained)} trained parameters of this model: has the model changed?"
+        )
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(saved[name])

@@ -1,7 +1,7 @@
 """Files and folders that appear on the disk whole or not at all.
 
-A folder is written under a temporary name, flushed to the disk and renamed: whoever sees the final name sees everything,
-whatever moment the process or the machine died at.
+A folder is written under a temporary name, flushed to the disk and renamed: whoever sees the final name sees
+everything, whatever moment the process or the machine died at.
 """
 
 import json
@@ -53,7 +53,7 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(leaving)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all.
 
     Raises:
@@ -61,12 +61,17 @@ def write_text(path: Path, text: str) -> None:
     """
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data)
         _flush(temporary)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise RunError(f"cannot write {path}: {error}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of a text in UTF-8."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

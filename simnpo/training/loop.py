@@ -1,7 +1,6 @@
 """The run: a model, what it has to forget and what it has to keep in; the unlearned model and a report out."""
 
 import logging
-import math
 import os
 import signal
 import threading
@@ -21,11 +20,12 @@ from simnpo.config import UnlearnConfig
 from simnpo.data import Example
 from simnpo.errors import UserError
 from simnpo.model import load_tokenizer
+from simnpo.report import write_report
 from simnpo.training import result, setup
 from simnpo.training.checkpoint import load_checkpoint, read_state, save_checkpoint
 from simnpo.training.log import Clock, RunLog, drop_rows_after, peak_memory_mib
 from simnpo.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
-from simnpo.training.step import Collator, StepTotals, UnlearnModule, accumulate, not_finite, sequence_logps
+from simnpo.training.step import Collator, StepTotals, UnlearnModule, accumulate, sequence_logps, stop_if_not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ class Run:
     collator: Collator
     forget: list[Example]
     retain: list[Example]
+    heldout: list[Example]
     facts: dict[str, Any]  # besides the configuration, what a resumed run must find unchanged
 
     @property
@@ -73,7 +74,7 @@ def unlearn(config: UnlearnConfig) -> Path:
         return output
 
     tokenizer = load_tokenizer(config.model)
-    forget, retain = setup.read_data(config, tokenizer)
+    forget, retain, heldout = setup.read_data(config, tokenizer)
     facts = {"data": setup.fingerprint(forget, retain), "ranks": accelerator.num_processes}
     checkpoint = setup.newest_checkpoint(config, facts)
     module = UnlearnModule(setup.build_model(config, accelerator.device), config)
@@ -81,7 +82,8 @@ def unlearn(config: UnlearnConfig) -> Path:
     if accelerator.is_main_process:
         setup.open_output(config)
     reference = setup.reference_logps(config, accelerator, module, collator, forget, reload=checkpoint is not None)
-    run = Run(config, accelerator, module, tokenizer, collator._replace(ref_logps=reference), forget, retain, facts)
+    collator = collator._replace(ref_logps=reference)
+    run = Run(config, accelerator, module, tokenizer, collator, forget, retain, heldout, facts)
 
     if accelerator.is_main_process:
         result.evaluate(run, "before")
@@ -90,7 +92,7 @@ def unlearn(config: UnlearnConfig) -> Path:
         result.evaluate(run, "after")
         result.save_model(run)
         result.write_summary(run, clock)
-        result.write_report(run)
+        write_report(output)
     accelerator.wait_for_everyone()
     return output
 
@@ -105,7 +107,9 @@ def start_accelerator(config: UnlearnConfig) -> Accelerator:
     accelerator = Accelerator(cpu=config.cpu, mixed_precision="no")
     spread = accelerator.distributed_type
     if spread in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
-        raise UserError(f"accelerate is set to {spread.value}: only one process or DistributedDataParallel is supported")
+        raise UserError(
+            f"accelerate is set to {spread.value}: only one process or DistributedDataParallel is known here"
+        )
     parts = accelerator.num_processes * config.gradient_accumulation_steps
     if config.batch_size < parts:
         raise UserError(
@@ -115,7 +119,7 @@ def start_accelerator(config: UnlearnConfig) -> Accelerator:
     if accelerator.device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return accelerator
 
 
@@ -146,9 +150,9 @@ def train(run: Run, checkpoint: Path | None) -> Clock:
             set_learning_rate(optimizer, rate)
             totals = accumulate(accelerator, module, run.collator, sampler, config, step)
             grad_norm = clip_gradients(parameters, config.max_grad_norm).item()
-            if not math.isfinite(grad_norm):
-                ids = [example.id for examples in sampler.step(step, rank) for example in examples]
-                raise not_finite(f"the gradient norm is {grad_norm}", step, ids)
+            examples = [example for drawn in sampler.step(step, rank) for example in drawn]
+            norms = {"the loss": totals.loss, "the gradient norm": grad_norm}
+            stop_if_not_finite(norms, step, run.module, run.collator, examples)
             optimizer.step()
             optimizer.zero_grad()
 

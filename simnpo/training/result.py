@@ -1,14 +1,18 @@
 """What a run hands over: scores before and after, the model in Hugging Face format, the summary and the report."""
 
 import importlib.metadata
+import json
 import logging
 import platform
-from typing import TYPE_CHECKING, Literal
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import PeftModel
+from rich.console import Console
 
 import simnpo
+from simnpo import evaluation
 from simnpo.training.disk import whole_folder, write_json
 from simnpo.training.log import Clock, peak_memory_mib
 
@@ -24,14 +28,14 @@ def save_model(run: "Run") -> None:
     Raises:
         RunError: the disk is full.
     """
-    model = run.module.model
+    model: Any = run.module.model
     if isinstance(model, PeftModel):
         with whole_folder(run.output / "adapter") as folder:
-            model.save_pretrained(folder)
+            model.save_pretrained(str(folder))
         # in fp32, or most of what the adapters add would be less than the last digit of a bf16 weight
         model = model.cpu().float().merge_and_unload()
     with whole_folder(run.output / "model") as folder:
-        model.save_pretrained(folder)
+        model.save_pretrained(str(folder))
         run.tokenizer.save_pretrained(folder)
 
 
@@ -58,9 +62,17 @@ def write_summary(run: "Run", clock: Clock) -> None:
 
 
 def evaluate(run: "Run", when: Literal["before", "after"]) -> None:
-    if run.config.eval_examples:
-        raise NotImplementedError
-
-
-def write_report(run: "Run") -> None:
-    pass
+    """Adds the scores of the model as it is to evaluation.json, under `when`; a resumed run keeps its first "before"."""
+    path = run.output / "evaluation.json"
+    scores = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    at_most = run.config.eval_examples
+    if at_most == 0 or (when == "before" and when in scores):
+        return
+    sets = {"forget": run.forget, "retain": run.retain, "heldout": run.heldout}
+    some = {name: examples[:at_most] for name, examples in sets.items() if examples}
+    with run.module.autocast(run.accelerator.device):
+        scored = evaluation.evaluate(run.module.model, run.tokenizer, some)
+    scores[when] = {name: asdict(one) for name, one in scored.items()}
+    write_json(path, scores)
+    means = ", ".join(f"{name} {one.probability:.3g}" for name, one in scored.items())
+    Console(stderr=True).print(f"{when}: mean probability of the answers: {means}", highlight=False, soft_wrap=True)

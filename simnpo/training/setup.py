@@ -15,7 +15,7 @@ from simnpo.config import UnlearnConfig
 from simnpo.data import Example, load_examples, warn_about_overlap
 from simnpo.errors import UserError
 from simnpo.model import add_lora, causal_lm, keeps_sequences_apart, load_model, verify_head
-from simnpo.training.checkpoint import checkpoints, read_state
+from simnpo.training.checkpoint import checkpoints, keep_newest, read_state
 from simnpo.training.disk import remove_leftovers, write_json
 from simnpo.training.step import Collator, UnlearnModule, sequence_logps
 
@@ -45,6 +45,7 @@ def open_output(config: UnlearnConfig) -> None:
     output.mkdir(parents=True, exist_ok=True)
     remove_leftovers(output)
     remove_leftovers(output / "checkpoints")
+    keep_newest(output / "checkpoints", config.keep_checkpoints)
     write_json(output / "config.json", asdict(config))
 
 
@@ -63,18 +64,18 @@ def newest_checkpoint(config: UnlearnConfig, facts: dict[str, Any]) -> Path | No
     state = read_state(found[-1])
     changed = [f"{name} (was {state[name]!r}, now {value!r})" for name, value in facts.items() if state[name] != value]
     if changed:
-        raise UserError(f"--resume continues {config.output} to the same bits, and these have changed: {', '.join(changed)}")
+        raise UserError(f"--resume cannot continue {config.output} to the same bits, changed: {', '.join(changed)}")
     return found[-1]
 
 
-def read_data(config: UnlearnConfig, tokenizer: Any) -> tuple[list[Example], list[Example]]:
-    """The forget and retain examples; warns where the two overlap."""
-    forget = load_examples(config.forget, tokenizer, config.max_length)
-    if config.retain is None:
-        return forget, []
-    retain = load_examples(config.retain, tokenizer, config.max_length)
+def read_data(config: UnlearnConfig, tokenizer: Any) -> tuple[list[Example], list[Example], list[Example]]:
+    """The forget, retain and held-out examples, the last two empty if not given; warns where forget and retain overlap."""
+    forget, retain, heldout = (
+        [] if path is None else load_examples(path, tokenizer, config.max_length)
+        for path in (config.forget, config.retain, config.heldout)
+    )
     warn_about_overlap(forget, retain)
-    return forget, retain
+    return forget, retain, heldout
 
 
 def fingerprint(*sets: list[Example]) -> str:

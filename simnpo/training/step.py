@@ -1,8 +1,9 @@
 """One optimizer step: the module whose forward is the loss, and its gradient over micro-batches and ranks."""
 
 import math
-from contextlib import nullcontext
-from typing import NamedTuple
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -30,7 +31,7 @@ class UnlearnModule(nn.Module):
         self.chunk_tokens = config.chunk_tokens
         self.bf16 = config.precision == "bf16"
 
-    def autocast(self, device: torch.device) -> torch.autocast:
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
     def forward(self, batch: Batch, forget_coef: float = 1.0, retain_coef: float = 1.0) -> UnlearnLoss:
@@ -56,8 +57,9 @@ class UnlearnModule(nn.Module):
         with self.autocast(batch.input_ids.device):
             hidden = hidden_states(self.model, batch)
             head = output_head(self.model)
+            targets = batch.targets.view(hidden.shape[:-1])
             per_token_logps = linear_logps(
-                hidden, head.weight, batch.targets.view(hidden.shape[:-1]), chunk_tokens=self.chunk_tokens, **head.options()
+                hidden, head.weight, targets, chunk_tokens=self.chunk_tokens, **head.options()
             )
         if batch.cu_seqlens is None:
             return per_token_logps.sum(-1)
@@ -72,10 +74,8 @@ class Collator(NamedTuple):
     device: torch.device
     ref_logps: dict[str, float] | None
 
-    def __call__(self, forget: list[Example], retain: list[Example]) -> Batch:
-        batch = collate(
-            forget, retain, packed=self.packed, pad_token_id=self.pad_token_id, ref_logps=self.ref_logps
-        )
+    def __call__(self, forget: Sequence[Example], retain: Sequence[Example]) -> Batch:
+        batch = collate(forget, retain, packed=self.packed, pad_token_id=self.pad_token_id, ref_logps=self.ref_logps)
         return batch.to(self.device)
 
 
@@ -97,15 +97,11 @@ def accumulate(
 
     The forget term is the mean over all forget sequences of the step and the retain term the mean over all its retain
     tokens, however the step is cut into micro-batches and ranks: every micro-batch is weighted by its share of both.
-
-    Raises:
-        RunError: a loss is NaN or infinite; names the step and the examples.
     """
     world, K = accelerator.num_processes, config.gradient_accumulation_steps
     forget, retain = sampler.step(step, accelerator.process_index)
     num_forget, num_retain_tokens = sampler.totals(step)
     sums = torch.zeros(len(StepTotals._fields), device=accelerator.device)
-    seen: list[tuple[tuple[str, ...], Tensor]] = []
     for k, (some_forget, some_retain) in enumerate(zip(micro_batches(forget, K), micro_batches(retain, K))):
         batch = collator(some_forget, some_retain)
         B = len(some_forget)
@@ -117,22 +113,30 @@ def accumulate(
                 batch, config.forget_coef * forget_share * world, config.retain_coef * retain_share * world
             )
             accelerator.backward(out.loss)
-        counts = out.loss.new_tensor([sum(batch.num_targets[:B]), sum(len(e.input_ids) for e in (*some_forget, *some_retain))])
-        losses = [out.loss / world, out.forget_loss * forget_share, out.retain_loss * retain_share, -out.logps[:B].sum()]
-        sums += torch.cat([torch.stack(losses).detach().float(), counts.float()])
-        seen.append((batch.ids, out.logps))
-    totals = StepTotals(*accelerator.reduce(sums, "sum").tolist())
-    if not math.isfinite(totals.loss):
-        bad = [i for ids, logps in seen for i, logp in zip(ids, logps.tolist()) if not math.isfinite(logp)]
-        raise not_finite(f"the loss is {totals.loss}", step, bad or [i for ids, _ in seen for i in ids])
-    return totals
+        forget_loss, retain_loss = out.forget_loss * forget_share, out.retain_loss * retain_share
+        values = torch.stack([out.loss.detach() / world, forget_loss, retain_loss, -out.logps[:B].sum()])
+        tokens = sum(len(example.input_ids) for example in (*some_forget, *some_retain))
+        sums += torch.cat([values, values.new_tensor([sum(batch.num_targets[:B]), tokens])])
+    total: Any = accelerator.reduce(sums, "sum")
+    return StepTotals(*total.tolist())
 
 
-def not_finite(what: str, step: int, ids: list[str]) -> RunError:
-    return RunError(
-        f"step {step + 1}: {what}, so the run stopped before the optimizer could use it; examples: {', '.join(ids)}. "
-        "The checkpoints are those of before. A lower learning_rate or max_grad_norm may help"
-    )
+def stop_if_not_finite(
+    values: dict[str, float], step: int, module: UnlearnModule, collator: Collator, examples: list[Example]
+) -> None:
+    """Raises `RunError` if a value of the step is NaN or infinite, before the optimizer gets to use it.
+
+    The error names the examples whose log-probability is not finite either, each run alone, or else all of them.
+    """
+    wrong = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+    if wrong:
+        logps = sequence_logps(module, collator, examples, batch_size=1).tolist()
+        ids = [example.id for example, logp in zip(examples, logps) if not math.isfinite(logp)]
+        raise RunError(
+            f"step {step + 1}: {' and '.join(wrong)}, so the run stopped before the update; "
+            f"examples: {', '.join(ids or [example.id for example in examples])}. "
+            "The checkpoints are from before. A lower learning_rate or max_grad_norm may help"
+        )
 
 
 @torch.no_grad()

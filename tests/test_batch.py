@@ -1,0 +1,103 @@
+import pytest
+import torch
+from conftest import make_tokenizer
+
+from simnpo.batch import Sampler, collate, micro_batches
+from simnpo.data import IGNORE_INDEX, Example, encode
+
+TOKENIZER = make_tokenizer()
+
+
+def examples(name: str, count: int) -> list[Example]:
+    rows = [{"prompt": "?" * (i + 1), "response": f"{name}{i}" * (i + 1)} for i in range(count)]
+    return [encode(row, TOKENIZER, f"{name}:{i}", 200) for i, row in enumerate(rows)]
+
+
+FORGET, RETAIN = examples("f", 10), examples("r", 30)
+
+
+def test_padded_and_packed_hold_the_same_sequences():
+    forget, retain = FORGET[:2], RETAIN[4:7]
+    padded, packed = collate(forget, retain, packed=False, pad_token_id=7), collate(forget, retain, packed=True)
+    assert padded.ids == packed.ids == ("f:0", "f:1", "r:4", "r:5", "r:6")
+    assert packed.attention_mask is None
+    assert padded.cu_seqlens is None
+    for i, example in enumerate(forget + retain):
+        row, start, end = padded.attention_mask[i].bool(), packed.cu_seqlens[i], packed.cu_seqlens[i + 1]
+        shifted = [*example.labels[1:], IGNORE_INDEX]
+        for name, expected in (
+            ("input_ids", example.input_ids),
+            ("targets", shifted),
+            ("position_ids", list(range(len(shifted)))),
+        ):
+            assert getattr(padded, name)[i][row].tolist() == expected
+            assert getattr(packed, name)[0, start:end].tolist() == expected
+        assert padded.num_targets[i] == (padded.targets[i] != IGNORE_INDEX).sum()
+        assert padded.input_ids[i][~row].tolist() == [7] * int((~row).sum())
+        assert (padded.targets[i][~row] == IGNORE_INDEX).all()
+    assert padded.retain_mask.tolist() == packed.retain_mask.tolist() == [False] * 2 + [True] * 3
+
+
+def test_reference_log_probabilities_follow_their_example():
+    reference = {example.id: -float(i) for i, example in enumerate(FORGET)}
+    batch = collate([FORGET[3], FORGET[1]], RETAIN[:1], packed=True, ref_logps=reference)
+    assert batch.ref_logps.tolist() == [-3.0, -1.0, 0.0]
+
+
+def test_a_batch_of_zero_sequences():
+    with pytest.raises(ValueError, match="a batch needs at least one sequence, got none"):
+        collate([], [], packed=True)
+
+
+def sampler(world_size: int = 1, **changes: object) -> Sampler:
+    options = {"batch_size": 4, "retain_batch_size": 6, "seed": 3} | changes
+    return Sampler(FORGET, RETAIN, world_size=world_size, **options)
+
+
+def ids(drawn: list[Example]) -> list[str]:
+    return [example.id for example in drawn]
+
+
+def test_an_epoch_sees_every_forget_example_once_in_a_new_order():
+    order = [i for step in range(5) for i in ids(sampler().step(step, 0)[0])]  # 5 steps of 4 are 2 epochs of 10
+    first, second = order[:10], order[10:]
+    assert sorted(first) == sorted(second) == sorted(ids(FORGET))
+    assert first != second
+
+
+def test_ranks_share_out_the_forget_batch_and_draw_their_own_retain_examples():
+    for step in range(3):
+        alone, ranks = sampler().step(step, 0), [sampler(2).step(step, rank) for rank in range(2)]
+        assert sorted(ids(ranks[0][0]) + ids(ranks[1][0])) == sorted(ids(alone[0]))
+        assert ids(ranks[0][1]) != ids(ranks[1][1])
+        assert len(ranks[0][1]) == len(ranks[1][1]) == 3
+        tokens = sum(example.num_targets for rank in ranks for example in rank[1])
+        assert sampler(2).totals(step) == (4, tokens)
+
+
+def test_retain_draws_are_not_tied_to_the_forget_examples():
+    partners = {}
+    for step in range(100):
+        forget, retain = sampler().step(step, 0)
+        for example in forget:
+            partners.setdefault(example.id, set()).update(ids(retain))
+    assert all(seen == set(ids(RETAIN)) for seen in partners.values())
+
+
+def test_a_step_depends_on_seed_and_step_alone():
+    later = sampler()
+    later.step(7, 0)
+    assert ids(later.step(2, 0)[1]) == ids(sampler().step(2, 0)[1])
+    assert ids(sampler(seed=4).step(2, 0)[1]) != ids(sampler().step(2, 0)[1])
+    assert len(sampler(retain_batch_size=40).step(0, 0)[1]) == 40
+    assert sampler(retain_batch_size=0).step(0, 0)[1] == []
+
+
+def test_micro_batches_lose_nothing():
+    assert [list(part) for part in micro_batches(range(7), 3)] == [[0, 3, 6], [1, 4], [2, 5]]
+
+
+def test_to_moves_tensors_and_leaves_the_rest():
+    batch = collate(FORGET[:2], [], packed=True).to(torch.device("meta"))
+    assert batch.input_ids.device.type == batch.cu_seqlens.device.type == "meta"
+    assert batch.attention_mask is None

@@ -1,0 +1,61 @@
+from dataclasses import FrozenInstanceError, asdict, fields
+
+import pytest
+
+from simnpo import NPO, GradAscent, SimNPO
+from simnpo.config import UnlearnConfig
+from simnpo.errors import UserError
+
+
+def config(**changes: object) -> UnlearnConfig:
+    return UnlearnConfig(**{"model": "m", "forget": "f", "output": "o", "retain": "r"} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"beta": 0.0}, "beta must be greater than 0, got 0.0"),
+        ({"beta": -1.0}, "beta must be greater than 0, got -1.0"),
+        ({"beta": float("nan")}, "beta must be greater than 0, got nan"),
+        ({"gamma": -0.5}, "gamma must be 0 or more, got -0.5"),
+        ({"gamma": 0.5, "method": "npo"}, "gamma is SimNPO's margin and method 'npo' has none"),
+        ({"beta": 1.0, "method": "ga"}, "method 'ga' has no beta"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"retain_batch_size": 0}, "retain_batch_size must be greater than 0, got 0"),
+        ({"max_length": 1}, "max_length must be at least 2"),
+        ({"learning_rate": float("inf")}, "learning_rate must be finite, got inf"),
+        ({"warmup_ratio": 1.5}, "warmup_ratio must be between 0 and 1, got 1.5"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be 0 or more"),
+        ({"method": "dpo"}, "method must be simnpo, npo or ga, got 'dpo'"),
+        ({"packing": "yes"}, "packing must be auto, on or off"),
+    ],
+)
+def test_refuses_what_makes_no_sense(changes, message):
+    with pytest.raises(UserError, match=message):
+        config(**changes)
+
+
+def test_is_frozen_and_every_field_has_a_help_text():
+    with pytest.raises(FrozenInstanceError):
+        config().beta = 1.0
+    assert all(field.metadata["help"] for field in fields(UnlearnConfig))
+
+
+def test_objective_fills_in_the_methods_own_beta():
+    assert config(gamma=0.5).objective() == SimNPO(2.5, 0.5)
+    assert config(method="npo").objective() == NPO(0.1)
+    assert config(method="npo", beta=0.7).objective() == NPO(0.7)
+    assert config(method="ga").objective() == GradAscent()
+
+
+def test_number_of_steps():
+    assert config(epochs=2.0, batch_size=4).num_steps(10) == 5
+    assert config(epochs=2.0, batch_size=4, max_steps=3).num_steps(10) == 3
+    assert config(epochs=0.01).num_steps(10) == 1
+
+
+def test_resume_refuses_what_changes_the_mathematics_by_name():
+    saved = asdict(config())
+    config(save_steps=7, keep_checkpoints=3, resume=True).refuse_changes(saved)
+    with pytest.raises(UserError, match=r"learning_rate \(was 1e-05, now 0\.1\), seed \(was 0, now 4\)"):
+        config(learning_rate=0.1, seed=4).refuse_changes(saved)

