@@ -42,7 +42,7 @@ def _column_pass_kernel(
         z = tl.load(logits_ptr + n * logits_stride_n + offs_v, mask=mask_v, other=0.0).to(tl.float32)
         z = transformed_tile(z, bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
         dz = dlogits_tile(
-            z, offs_v == tl.load(targets_ptr + n), tl.load(target_logits_ptr + n), tl.load(logps_ptr + n),
+            z, offs_v == tl.load(targets_ptr + n).to(tl.int32), tl.load(target_logits_ptr + n), tl.load(logps_ptr + n),
             tl.load(largest_ptr + n), tl.load(total_ptr + n), scale, softcap, HAS_SOFTCAP,
         )  # fmt: skip
         dz = tl.where(mask_v, dz, 0.0)

@@ -87,13 +87,13 @@ def _linear_logps_bwd(
     dweight = weight.new_empty(V, D, dtype=weight_dtype) if needs[1] else None
     dbias = weight.new_empty(V, dtype=float_dtype(weight)) if needs[2] else None
 
-    # N x slab logits take the memory of chunk_tokens x V
+    # N x slab logits take the memory of chunk_tokens x V; a multiple of 128 keeps their rows aligned for wide loads
     slab = max(1, min(V, options.chunk_tokens * V // max(N, 1)))
-    buffer = weight.new_empty(N * slab, dtype=options.logits_dtype)
+    slab = slab // 128 * 128 or slab
+    buffer = weight.new_empty(N, slab, dtype=options.logits_dtype)
     for start in range(0, V, slab):
         columns = slice(start, min(start + slab, V))
-        width = columns.stop - start
-        chunk = logits_into(x, weight[columns], buffer[: N * width].view(N, width))
+        chunk = logits_into(x, weight[columns], buffer[:, : columns.stop - start])
         slab_options = options._replace(transform=options.transform.columns(columns))
         if not options.gradient_error:
             logits, chunk = chunk, gradient_buffer(chunk, options)
