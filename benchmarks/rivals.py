@@ -82,10 +82,11 @@ def simnpo_of(token_logps: Callable[[Batch], Tensor]) -> Callable[[Batch], Tenso
     return loss
 
 
-def ours(batch: Batch, gradient_error: float = 0.0) -> Tensor:
+def ours(batch: Batch, gradient_error: float = 0.0, logits_dtype: torch.dtype | None = None) -> Tensor:
     return linear_unlearn_loss(
         batch.hidden_states, batch.weight, batch.targets, OBJECTIVE, cu_seqlens=batch.cu_seqlens,
         retain_mask=batch.retain_mask, forget_coef=FORGET_COEF, retain_coef=RETAIN_COEF, gradient_error=gradient_error,
+        logits_dtype=logits_dtype,
     ).loss  # fmt: skip
 
 

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from simnpo.kernels.backend import LAUNCH_OPTIONS, tl, triton
 from simnpo.kernels.head import LogitTransform
+from simnpo.kernels.launch import COLUMN_PASS
 from simnpo.kernels.row_pass import dlogits_tile, row_blocks, row_dlogits_torch, transformed_tile
 
-ROWS_PER_GROUP, BLOCK_V = 64, 1024
+ROWS_PER_GROUP = 64
 
 
 @triton.jit
@@ -73,7 +74,7 @@ def column_pass(
         energy, mass: (V,) float32.   row_mass: (N,) float32, without the coefficients.
     """
     N, V = logits.shape
-    groups, blocks = triton.cdiv(N, ROWS_PER_GROUP), triton.cdiv(V, BLOCK_V)
+    groups, blocks = triton.cdiv(N, ROWS_PER_GROUP), triton.cdiv(V, COLUMN_PASS.block)
     sums = torch.empty(2, groups, V, dtype=torch.float32, device=logits.device)
     row_mass = torch.empty(N, blocks, dtype=torch.float32, device=logits.device)
     if N:
@@ -82,7 +83,8 @@ def column_pass(
             sums[0], sums[1], row_mass,
             N, V, logits.stride(0), transform.scale, transform.softcap or 1.0,
             HAS_BIAS=transform.bias is not None, HAS_SOFTCAP=transform.softcap is not None,
-            HAS_COEFS=coefs is not None, ROWS=ROWS_PER_GROUP, BLOCK_V=BLOCK_V, num_warps=4, **LAUNCH_OPTIONS,
+            HAS_COEFS=coefs is not None, ROWS=ROWS_PER_GROUP, BLOCK_V=COLUMN_PASS.block,
+            num_warps=COLUMN_PASS.num_warps, **LAUNCH_OPTIONS,
         )  # fmt: skip
     energy, mass = sums.sum(1)
     return energy, mass, row_mass.sum(1)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from simnpo.kernels.backend import LAUNCH_OPTIONS, tl, triton
 from simnpo.kernels.head import float_dtype
+from simnpo.kernels.launch import INDEXED_DOT
 
 # gathered rows of the head alive at once on the torch path, bytes
 TORCH_BLOCK_BYTES = 16 << 20
@@ -46,11 +47,11 @@ def indexed_dot(hidden_states: Tensor, weight: Tensor, targets: Tensor) -> Tenso
     N, D = hidden_states.shape
     products = torch.empty(N, dtype=torch.float32, device=hidden_states.device)
     if N:
-        block = min(triton.next_power_of_2(D), 2048)
+        block, num_warps = INDEXED_DOT.fit(D)
         _indexed_dot_kernel[(N,)](
             hidden_states, weight, targets, products,
             D, hidden_states.stride(0), weight.stride(0),
-            BLOCK_D=block, num_warps=max(1, min(4, block // 256)), **LAUNCH_OPTIONS,
+            BLOCK_D=block, num_warps=num_warps, **LAUNCH_OPTIONS,
         )  # fmt: skip
     return products
 

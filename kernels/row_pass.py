@@ -23,6 +23,7 @@ from torch import Tensor
 
 from simnpo.kernels.backend import LAUNCH_OPTIONS, tl, triton
 from simnpo.kernels.head import LogitTransform
+from simnpo.kernels.launch import ROW_GRADIENT, ROW_PASS
 from simnpo.kernels.special import expm1, softplus
 
 # the torch path works on blocks of rows whose float32 copy stays in the cache: 2 MiB on a CPU, 64 MiB on a GPU
@@ -153,12 +154,6 @@ def _row_gradient_kernel(
     tl.store(out_ptr + row * out_stride_n + offs_out, dlogits, mask=mask_v)
 
 
-def _row_block(V: int) -> tuple[int, int]:
-    """BLOCK_V and warps: 8192 lanes in 16 warps hold a block of a row in 51 registers a thread on sm_90."""
-    block = min(max(triton.next_power_of_2(V), 16), 8192)
-    return block, max(1, min(16, block // 512))
-
-
 def row_pass(
     logits: Tensor, targets: Tensor, target_logits: Tensor, transform: LogitTransform, *, write_gradient: bool,
     rows: Tensor | None = None,
@@ -178,12 +173,14 @@ def row_pass(
     N, V = len(targets), logits.shape[1]
     logps, largest, total = (torch.empty_like(target_logits) for _ in range(3))
     if N:
-        block, num_warps = _row_block(V)
+        # a block is made of 16-byte lanes
+        lane = 16 // logits.element_size()
+        block, num_warps = ROW_PASS.fit(V, at_least=lane)
         _row_pass_kernel[(N,)](
             logits, rows, targets, target_logits, transform.bias, logps, largest, total,
             V, logits.stride(0), transform.scale, transform.softcap or 1.0,
             HAS_ROWS=rows is not None, HAS_BIAS=transform.bias is not None, HAS_SOFTCAP=transform.softcap is not None,
-            WRITE_GRADIENT=write_gradient, BLOCK_V=block, LANE=16 // logits.element_size(),
+            WRITE_GRADIENT=write_gradient, BLOCK_V=block, LANE=lane,
             num_warps=num_warps, **LAUNCH_OPTIONS,
         )  # fmt: skip
     return logps, largest, total
@@ -206,13 +203,13 @@ def row_gradient(
     """
     N, V = len(targets), out.shape[1]
     if N and V:
-        block = min(triton.next_power_of_2(V), 4096)
+        block, num_warps = ROW_GRADIENT.fit(V)
         _row_gradient_kernel[(N, triton.cdiv(V, block))](
             logits, out, rows, columns, targets, target_logits, transform.bias, logps, largest, total, coefs,
             V, logits.stride(0), out.stride(0), transform.scale, transform.softcap or 1.0,
             HAS_ROWS=rows is not None, HAS_COLUMNS=columns is not None, HAS_BIAS=transform.bias is not None,
             HAS_SOFTCAP=transform.softcap is not None, HAS_COEFS=coefs is not None, BLOCK_V=block,
-            num_warps=max(1, min(8, block // 512)), **LAUNCH_OPTIONS,
+            num_warps=num_warps, **LAUNCH_OPTIONS,
         )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from simnpo.kernels.backend import LAUNCH_OPTIONS, tl, triton
 from simnpo.kernels.head import float_dtype
+from simnpo.kernels.launch import SCALE_ROWS
 
 
 @triton.jit
@@ -39,11 +40,11 @@ def scale_rows(x: Tensor, coefs: Tensor, out: Tensor, index: Tensor | None = Non
     """`x` (N, D) times `coefs` (N,), written to `out` (rows `index` (N,) of it, all different); `out` may be `x`."""
     N, D = x.shape
     if N:
-        block = min(triton.next_power_of_2(D), 4096)
+        block, num_warps = SCALE_ROWS.fit(D)
         _scale_rows_kernel[(N,)](
             x, coefs, index, out,
             D, x.stride(0), out.stride(0),
-            HAS_INDEX=index is not None, BLOCK_D=block, num_warps=max(1, min(8, block // 512)), **LAUNCH_OPTIONS,
+            HAS_INDEX=index is not None, BLOCK_D=block, num_warps=num_warps, **LAUNCH_OPTIONS,
         )  # fmt: skip
     return out
 

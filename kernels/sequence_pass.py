@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from simnpo.kernels.backend import LAUNCH_OPTIONS, tl, triton
+from simnpo.kernels.launch import SEQUENCE_PASS
 from simnpo.kernels.special import softplus
 from simnpo.objectives import NPO, GradAscent, Objective, SimNPO
 
@@ -107,7 +108,8 @@ def sequence_pass(
             getattr(objective, "beta", 1.0), getattr(objective, "gamma", 0.0), forget_scale,
             SIGMOID=not isinstance(objective, GradAscent),
             NORMALIZE=isinstance(objective, SimNPO) or (isinstance(objective, GradAscent) and objective.normalize),
-            HAS_REF=isinstance(objective, NPO), BLOCK_T=1024, num_warps=4, **LAUNCH_OPTIONS,
+            HAS_REF=isinstance(objective, NPO),
+            BLOCK_T=SEQUENCE_PASS.block, num_warps=SEQUENCE_PASS.num_warps, **LAUNCH_OPTIONS,
         )  # fmt: skip
 
 
