@@ -16,7 +16,9 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     # find_namespace_packages follows the link simnpo/kernels -> ../kernels
-    packages=find_namespace_packages(include=["simnpo", "simnpo.*"]),
+    packages=find_namespace_packages(
+        include=["simnpo", "simnpo.*"], exclude=["simnpo.benchmarks.results*", "*.__pycache__*"]
+    ),
     package_data={"simnpo": ["py.typed", "**/*.jsonl", "**/*.jinja"]},
     install_requires=[
         "torch>=2.8",
@@ -33,7 +35,13 @@ setup(
         "triton": ["triton>=3.4; sys_platform == 'linux'"],
         "flash": ["flash-attn>=2.6"],
         "gguf": ["gguf>=0.10"],
-        "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6", "gguf>=0.10", "triton>=3.4; sys_platform == 'linux'"],
+        "test": [
+            "pytest>=8",
+            "pytest-benchmark>=5",
+            "hypothesis>=6",
+            "gguf>=0.10",
+            "triton>=3.4; sys_platform == 'linux'",
+        ],
         "lint": ["ruff>=0.9", "pyright[nodejs]>=1.1.390"],
     },
     entry_points={"console_scripts": ["simnpo = simnpo.cli:main"]},

@@ -1,20 +1,45 @@
 """SimNPO and NPO unlearning with a loss that never materialises the logits."""
 
-from simnpo.kernels.linear_logps import linear_logps
-from simnpo.kernels.linear_unlearn_loss import UnlearnLoss, linear_unlearn_loss
-from simnpo.kernels.unlearn_loss import unlearn_loss
-from simnpo.objectives import NPO, GradAscent, SimNPO, npo_loss, simnpo_loss
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from simnpo import metrics as metrics
+    from simnpo.kernels.linear_logps import linear_logps as linear_logps
+    from simnpo.kernels.linear_unlearn_loss import UnlearnLoss as UnlearnLoss
+    from simnpo.kernels.linear_unlearn_loss import linear_unlearn_loss as linear_unlearn_loss
+    from simnpo.kernels.unlearn_loss import unlearn_loss as unlearn_loss
+    from simnpo.objectives import NPO as NPO
+    from simnpo.objectives import GradAscent as GradAscent
+    from simnpo.objectives import SimNPO as SimNPO
+    from simnpo.objectives import npo_loss as npo_loss
+    from simnpo.objectives import simnpo_loss as simnpo_loss
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "NPO",
-    "GradAscent",
-    "SimNPO",
-    "UnlearnLoss",
-    "linear_logps",
-    "linear_unlearn_loss",
-    "npo_loss",
-    "simnpo_loss",
-    "unlearn_loss",
-]
+# torch is imported when the first of these is asked for: `simnpo --help` needs none
+_HOME = {
+    "NPO": "simnpo.objectives",
+    "GradAscent": "simnpo.objectives",
+    "SimNPO": "simnpo.objectives",
+    "UnlearnLoss": "simnpo.kernels.linear_unlearn_loss",
+    "linear_logps": "simnpo.kernels.linear_logps",
+    "linear_unlearn_loss": "simnpo.kernels.linear_unlearn_loss",
+    "npo_loss": "simnpo.objectives",
+    "simnpo_loss": "simnpo.objectives",
+    "unlearn_loss": "simnpo.kernels.unlearn_loss",
+}
+
+__all__ = sorted([*_HOME, "metrics"])  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "metrics":
+        return importlib.import_module("simnpo.metrics")
+    if name not in _HOME:
+        raise AttributeError(f"module 'simnpo' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
