@@ -1,4 +1,4 @@
-"""Package definition. `kernels/` is installed as `simnpo.kernels`: the name `kernels` belongs to Hugging Face's package."""
+"""Package definition. `kernels/` is installed as `simnpo.kernels`: `kernels` alone is Hugging Face's package."""
 
 from pathlib import Path
 
