@@ -10,13 +10,23 @@ from typing import Any
 
 Row = dict[str, Any]
 
-COLUMNS = ("rival", "forward ms", "backward ms", "both ms", "quartiles", "x products", "peak MiB", "error vs float64")
+COLUMNS = (
+    "rival",
+    "forward ms",
+    "backward ms",
+    "both ms",
+    "quartiles",
+    "x products",
+    "peak MiB",
+    "beyond gradients",
+    "error vs float64",
+)
 WHO = {"trained": "head trained", "frozen": "head frozen", "logps": "log-probabilities only"}
 NOTES = """\
 Times are medians of interleaved rounds. "x products" is the time over that of the matrix products alone, measured in
-the same rounds. Peak memory is what a step needs on top of the operands, gradients included. Errors against float64 are
-relative L2 (loss, dH, dW) or root mean square nats (logps), on {tokens} tokens at most. A row beyond the limit
-is "wrong" and has no time. A method that computes its gradients in the forward shows them there.
+the same rounds. Peak memory is what a step needs on top of the operands, with and without the gradients it returns.
+Errors against float64 are relative L2 (loss, dH, dW) or root mean square nats (logps), on {tokens} tokens at most.
+A row beyond the limit is "wrong" and has no time. A method that computes its gradients in the forward shows them there.
 """
 
 
@@ -48,12 +58,14 @@ def cells(row: Row) -> list[str]:
     """One line of the table; a row that did not pass its check has no time in it."""
     errors = ", ".join(f"{name} {value:.2g}" for name, value in row.get("errors", {}).items())
     if row["status"] != "ok":
-        return [row["rival"], row["status"], "", "", "", "", "", row["note"] or errors]
+        return [row["rival"], row["status"], "", "", "", "", "", "", row["note"] or errors]
     backward = "" if row["backward_ms"] is None else f"{row['backward_ms']:.4g}"
     forward = f"{row['forward_ms']:.4g}" if row["rival"] != "the products alone" else ""
-    peak = f"{row['peak_mib']:.0f}" if "peak_mib" in row else ""
+    memory = ["", ""]
+    if "peak_mib" in row:
+        memory = [f"{row['peak_mib']:.0f}", f"{max(0, row['peak_mib'] - row['gradients_mib']):.0f}"]
     quartiles = f"{row['ms_low']:.4g}-{row['ms_high']:.4g}"
-    return [row["rival"], forward, backward, f"{row['ms']:.4g}", quartiles, f"{row['ratio']:.2f}", peak, errors]
+    return [row["rival"], forward, backward, f"{row['ms']:.4g}", quartiles, f"{row['ratio']:.2f}", *memory, errors]
 
 
 def print_table(rows: list[Row]) -> None:

@@ -135,11 +135,13 @@ def _time_mode(
     """Memory one by one, then the time of all of them interleaved with the products."""
     device = batch.targets.device
     work: dict[str, Any] = {}
+    gradients_mib = sum(leaf.nbytes for leaf in batch.require_grad(mode)) / 2**20
     for rival in rivals:
         row, steps = rows[mode, rival.name], steps_of(rival, batch, mode)
         try:
             for _ in range(2):  # the first run compiles, tunes and fills caches
                 row["peak_mib"] = peak_memory(lambda steps=steps: _run(steps), device)
+            row["gradients_mib"] = gradients_mib
             work[rival.name] = steps
         except Exception as error:
             row.update(status="failed", note=_first_line(error))
