@@ -87,7 +87,7 @@ def test_text_rows_have_no_answer(tokenizer, examples):
     assert scores["mixed"].rouge_l_recall is not None
 
 
-def test_no_warnings_and_the_mode_is_put_back(tokenizer, examples, caplog):
+def test_no_warnings_and_the_model_is_put_back(tokenizer, examples, caplog):
     model = make_model().train()
     # a model whose configuration samples, as most instruction-tuned ones do
     model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.9, max_length=20)
@@ -97,6 +97,7 @@ def test_no_warnings_and_the_mode_is_put_back(tokenizer, examples, caplog):
     assert first == second
     assert not caplog.records
     assert model.training
+    assert model.generation_config.temperature == 0.6
 
 
 def test_adapters_count(tokenizer, examples):
