@@ -35,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: the same command with --resume continues from the newest checkpoint", file=sys.stderr)
+        hint = ": the same command with --resume continues from the newest checkpoint"
+        print(f"interrupted{hint if arguments.command == 'unlearn' else ''}", file=sys.stderr)
         return 130
 
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 DEFAULT_BETA = {"simnpo": 2.5, "npo": 0.1}
 
-# a resumed run may differ in these; every other field changes the weights that come out
-FREE_ON_RESUME = {"output", "heldout", "resume", "save_steps", "keep_checkpoints", "logging_steps", "eval_examples"}
+# a resumed run may differ in these; every other field changes the weights or the report that come out
+FREE_ON_RESUME = {"output", "resume", "save_steps", "keep_checkpoints", "logging_steps"}
 
 
 def _option(text: str, **kwargs: Any) -> Any:

@@ -209,14 +209,19 @@ def newest(tmp_path: Path) -> str:
 # Files that are whole or not there
 
 
+def break_off(target: Path) -> None:
+    with disk.whole_folder(target) as folder:
+        (folder / "a").write_text("2")
+        raise KeyError
+
+
 def test_a_folder_is_whole_or_not_there(tmp_path):
     target = tmp_path / "folder"
     with disk.whole_folder(target) as folder:
         (folder / "a").write_text("1")
         assert not target.exists()
-    with pytest.raises(KeyError), disk.whole_folder(target) as folder:
-        (folder / "a").write_text("2")
-        raise KeyError
+    with pytest.raises(KeyError):
+        break_off(target)
     assert (target / "a").read_text() == "1"
     with disk.whole_folder(target) as folder:
         (folder / "b").write_text("3")
@@ -247,6 +252,8 @@ def test_checkpoint_of_another_model_is_refused(config, monkeypatch, tmp_path):
     with pytest.raises(SystemExit):
         unlearn(config())
     monkeypatch.undo()
-    monkeypatch.setattr("simnpo.training.checkpoint._trained", lambda model: {"other": torch.nn.Parameter(torch.ones(1))})
+    monkeypatch.setattr(
+        "simnpo.training.checkpoint._trained", lambda model: {"other": torch.nn.Parameter(torch.ones(1))}
+    )
     with pytest.raises(UserError, match="does not hold the 1 trained parameters of this model"):
         unlearn(config(resume=True))

@@ -1,6 +1,10 @@
 import errno
 import json
 import math
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -251,6 +255,25 @@ def test_more_micro_batches_than_sequences_is_refused(config):
         unlearn(config(gradient_accumulation_steps=8))
 
 
+@pytest.mark.slow
+def test_two_ranks_take_the_steps_of_one(config, tmp_path):
+    """Without retain examples, which every rank draws for itself, the number of ranks must not matter."""
+    settings = config(retain=None, method="npo", batch_size=5)
+    alone = unlearn(settings)
+    both = replace(settings, output=str(tmp_path / "both"))
+    options = [f"--{name}={value}" for name, value in asdict(both).items() if value is not None]
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"]
+    command = [sys.executable, "-m", *launch, "--dynamo_backend=no", "-m", "simnpo.cli", "unlearn", *options]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    ours, theirs = (load_file(output / "model/model.safetensors") for output in (tmp_path / "both", alone))
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert json.loads((tmp_path / "both/summary.json").read_text())["ranks"] == 2
+    for ours, theirs in zip(rows(tmp_path / "both/metrics.jsonl"), rows(alone / "metrics.jsonl")):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["tokens"] == theirs["tokens"]
+
+
 # What stops a run
 
 
@@ -288,7 +311,9 @@ def test_infinite_gradient_stops_too(config, monkeypatch, tmp_path):
         module.model.model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
 
     break_at_step(monkeypatch, 1, poison)
-    with pytest.raises(RunError, match=r"step 2: the gradient norm is (inf|nan), .*examples: forget\.jsonl:\d+"):
+    with pytest.raises(
+        RunError, match=r"step 2: the loss is \d.* and the gradient norm (inf|nan), .*examples: forget\.jsonl:\d+"
+    ):
         unlearn(config(save_steps=1))
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000001"]
 

@@ -1,6 +1,7 @@
 """The run: a model, what it has to forget and what it has to keep in; the unlearned model and a report out."""
 
 import logging
+import math
 import os
 import signal
 import threading
@@ -25,7 +26,7 @@ from simnpo.training import result, setup
 from simnpo.training.checkpoint import load_checkpoint, read_state, save_checkpoint
 from simnpo.training.log import Clock, RunLog, drop_rows_after, peak_memory_mib
 from simnpo.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
-from simnpo.training.step import Collator, StepTotals, UnlearnModule, accumulate, sequence_logps, stop_if_not_finite
+from simnpo.training.step import Collator, StepTotals, UnlearnModule, accumulate, not_finite, sequence_logps
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def unlearn(config: UnlearnConfig) -> Path:
     output = config.output_dir()
     accelerator = start_accelerator(config)
     setup.check_output(config)
-    if (output / "summary.json").exists():
+    if (output / "report.html").exists():
         logger.warning("%s is complete: nothing is left to do", output)
         return output
 
@@ -79,6 +80,7 @@ def unlearn(config: UnlearnConfig) -> Path:
     checkpoint = setup.newest_checkpoint(config, facts)
     module = UnlearnModule(setup.build_model(config, accelerator.device), config)
     collator = setup.make_collator(config, module, tokenizer, accelerator.device)
+    accelerator.wait_for_everyone()  # until every rank has seen the folder as it was
     if accelerator.is_main_process:
         setup.open_output(config)
     reference = setup.reference_logps(config, accelerator, module, collator, forget, reload=checkpoint is not None)
@@ -150,9 +152,9 @@ def train(run: Run, checkpoint: Path | None) -> Clock:
             set_learning_rate(optimizer, rate)
             totals = accumulate(accelerator, module, run.collator, sampler, config, step)
             grad_norm = clip_gradients(parameters, config.max_grad_norm).item()
-            examples = [example for drawn in sampler.step(step, rank) for example in drawn]
-            norms = {"the loss": totals.loss, "the gradient norm": grad_norm}
-            stop_if_not_finite(norms, step, run.module, run.collator, examples)
+            if not (math.isfinite(totals.loss) and math.isfinite(grad_norm)):
+                what = f"step {step + 1}: the loss is {totals.loss} and the gradient norm {grad_norm}"
+                raise not_finite(what, run.module, run.collator, sampler.step(step, rank))
             optimizer.step()
             optimizer.zero_grad()
 

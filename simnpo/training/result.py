@@ -62,7 +62,7 @@ def write_summary(run: "Run", clock: Clock) -> None:
 
 
 def evaluate(run: "Run", when: Literal["before", "after"]) -> None:
-    """Adds the scores of the model as it is to evaluation.json, under `when`; a resumed run keeps its first "before"."""
+    """Adds the model's scores as it is to evaluation.json, under `when`; a resumed run keeps its first "before"."""
     path = run.output / "evaluation.json"
     scores = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     at_most = run.config.eval_examples

@@ -69,7 +69,7 @@ def newest_checkpoint(config: UnlearnConfig, facts: dict[str, Any]) -> Path | No
 
 
 def read_data(config: UnlearnConfig, tokenizer: Any) -> tuple[list[Example], list[Example], list[Example]]:
-    """The forget, retain and held-out examples, the last two empty if not given; warns where forget and retain overlap."""
+    """Forget, retain and held-out examples, the last two empty if not given; warns where forget and retain overlap."""
     forget, retain, heldout = (
         [] if path is None else load_examples(path, tokenizer, config.max_length)
         for path in (config.forget, config.retain, config.heldout)

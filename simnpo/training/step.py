@@ -121,22 +121,20 @@ def accumulate(
     return StepTotals(*total.tolist())
 
 
-def stop_if_not_finite(
-    values: dict[str, float], step: int, module: UnlearnModule, collator: Collator, examples: list[Example]
-) -> None:
-    """Raises `RunError` if a value of the step is NaN or infinite, before the optimizer gets to use it.
+def not_finite(
+    what: str, module: UnlearnModule, collator: Collator, drawn: tuple[list[Example], list[Example]]
+) -> RunError:
+    """The error of a step whose loss or gradient is NaN or infinite.
 
-    The error names the examples whose log-probability is not finite either, each run alone, or else all of them.
+    It names the examples that have no finite log-probability when each is run alone, or else all of the step.
     """
-    wrong = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
-    if wrong:
-        logps = sequence_logps(module, collator, examples, batch_size=1).tolist()
-        ids = [example.id for example, logp in zip(examples, logps) if not math.isfinite(logp)]
-        raise RunError(
-            f"step {step + 1}: {' and '.join(wrong)}, so the run stopped before the update; "
-            f"examples: {', '.join(ids or [example.id for example in examples])}. "
-            "The checkpoints are from before. A lower learning_rate or max_grad_norm may help"
-        )
+    examples = [example for some in drawn for example in some]
+    logps = sequence_logps(module, collator, examples, batch_size=1).tolist()
+    guilty = [example for example, logp in zip(examples, logps) if not math.isfinite(logp)]
+    return RunError(
+        f"{what}, so the run stopped before the update; examples: {', '.join(e.id for e in guilty or examples)}. "
+        "The checkpoints are from before. A lower learning_rate or max_grad_norm may help"
+    )
 
 
 @torch.no_grad()
