@@ -32,7 +32,7 @@ class Timing(NamedTuple):
     @staticmethod
     def of(milliseconds: Sequence[float]) -> Timing:
         if len(milliseconds) == 1:
-            return Timing(*milliseconds * 3)
+            return Timing(milliseconds[0], milliseconds[0], milliseconds[0])
         low, median, high = statistics.quantiles(milliseconds, n=4, method="inclusive")
         return Timing(median, low, high)
 

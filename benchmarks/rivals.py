@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import NamedTuple
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -128,23 +129,21 @@ def torch_chunked_logps(batch: Batch) -> Tensor:
 
 
 def liger_logps(batch: Batch) -> Tensor:
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
+    peer = import_module("liger_kernel.transformers.functional").liger_fused_linear_cross_entropy
     h, w = batch.hidden_states, batch.weight
     # float32 accumulation: what the gradient check asks for, and the faster of its two on recent GPUs
-    return -liger_fused_linear_cross_entropy(h, w, batch.targets, reduction="none", accum_dtype=torch.float32)
+    return -peer(h, w, batch.targets, reduction="none", accum_dtype=torch.float32)
 
 
 def liger_scaled_logps(batch: Batch) -> Tensor:
-    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
-
-    return -LigerFusedLinearScaledCrossEntropyFunction.apply(batch.hidden_states, batch.weight, batch.targets)
+    peer = import_module("liger_kernel.ops.fused_linear_scaled_cross_entropy")
+    return -peer.LigerFusedLinearScaledCrossEntropyFunction.apply(batch.hidden_states, batch.weight, batch.targets)
 
 
 @functools.cache
-def _liger_simnpo() -> type:
+def _liger_simnpo() -> Any:
     """Its SimPO loss with the chosen half as retain set (the likelihood term) and SimNPO on the rejected half."""
-    from liger_kernel.chunked_loss.fused_linear_preference import LigerFusedLinearPreferenceBase as Base
+    Base: Any = import_module("liger_kernel.chunked_loss.fused_linear_preference").LigerFusedLinearPreferenceBase
 
     class LigerSimNPO(Base):
         @staticmethod
@@ -173,17 +172,15 @@ def liger_preference(batch: Batch) -> Tensor:
 
 
 def cce_logps(batch: Batch, filter_eps: str | None = "auto") -> Tensor:
-    from cut_cross_entropy import linear_cross_entropy
-
+    peer = import_module("cut_cross_entropy").linear_cross_entropy
     h, w = batch.hidden_states, batch.weight
-    return -linear_cross_entropy(h, w, batch.targets, reduction="none", filter_eps=filter_eps)
+    return -peer(h, w, batch.targets, reduction="none", filter_eps=filter_eps)
 
 
 def trl_logps(batch: Batch) -> Tensor:
-    from trl.kernels import ChunkedLogProbFunction
-
+    peer = import_module("trl.kernels").ChunkedLogProbFunction
     h, w = batch.hidden_states, batch.weight
-    return ChunkedLogProbFunction.apply(h, w, None, batch.targets, 1.0, TRL_CHUNK_SIZE, None, 1.0, ())[0]
+    return peer.apply(h, w, None, batch.targets, 1.0, TRL_CHUNK_SIZE, None, 1.0, ())[0]
 
 
 def _peer(name: str, token_logps: Callable[[Batch], Tensor], package: str = "torch", **options: bool | int) -> Rival:

@@ -187,7 +187,8 @@ def run_suite(options: argparse.Namespace, device: torch.device) -> list[Row]:
             continue
         if options.real:
             name, spectrum = Path(options.real[0]).stem, "real"
-            batch = real_batch(*options.real, N, options.sequence_tokens, dtype, device)
+            model, data = options.real
+            batch = real_batch(model, data, N, options.sequence_tokens, dtype, device)
         else:
             batch = make_batch(SHAPES[name], N, options.sequence_tokens, spectrum, dtype, device)
         V, D = batch.weight.shape

@@ -14,8 +14,11 @@ import torch
 
 from simnpo.benchmarks import rivals, suite
 from simnpo.benchmarks.measure import Timing, peak_memory, relative_error, time_interleaved
-from simnpo.benchmarks.operands import SHAPES, exact, make_batch
+from simnpo.benchmarks.operands import SHAPES, exact, make_batch, real_batch
 from simnpo.cli import main
+from simnpo.data import load_examples
+from simnpo.errors import UserError
+from simnpo.model import load_model
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,6 +81,21 @@ def test_the_truth_is_autograd_in_float64():
     for ours, autograd in zip((truth.dhidden, truth.dweight), torch.autograd.grad(loss, leaves), strict=True):
         assert relative_error(ours, autograd) < 1e-12
     assert truth.nll == pytest.approx(-logps.mean().item())
+
+
+def test_real_operands_are_the_models_own_at_the_responses(model_dir, forget_file):
+    batch = real_batch(str(model_dir), str(forget_file), 64, 16, torch.float32, CPU)
+    assert (batch.B, batch.T, batch.hidden_states.shape, batch.weight.shape) == (4, 16, (64, 32), (260, 32))
+    model, tokenizer = load_model(str(model_dir))
+    first = load_examples(forget_file, tokenizer, max_length=512)[0]
+    with torch.no_grad():
+        logits = model(torch.tensor([first.input_ids])).logits[0]
+    counted = [t for t, label in enumerate(first.labels) if label != -100]
+    assert batch.targets[: len(counted)].tolist() == [first.labels[t] for t in counted]
+    ours = (batch.hidden_states @ batch.weight.T)[: len(counted)]
+    torch.testing.assert_close(ours, logits[[t - 1 for t in counted]], rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="at least 4096 response tokens"):
+        real_batch(str(model_dir), str(forget_file), 4096, 2048, torch.float32, CPU)
 
 
 def wrong_gradient(batch):
