@@ -61,9 +61,9 @@ def test_a_last_turn_of_the_user_is_left_out():
     assert encode({"messages": messages}, CHAT, "f:1", 100) == encode({"messages": messages[:2]}, CHAT, "f:1", 100)
 
 
-def word_tokenizer(*, merge_across: bool = False) -> PreTrainedTokenizerFast:
+def word_tokenizer() -> PreTrainedTokenizerFast:
     """A sentencepiece-like tokenizer: it marks a word's start with ▁ and puts one before the text, and a BOS."""
-    words = ["<s>", "</s>", "<unk>", "▁", "a", "b", "c", "▁a", "▁b", "▁c"] + ["▁▁"] * merge_across
+    words = ["<s>", "</s>", "<unk>", "▁", "a", "b", "c", "▁a", "▁b", "▁c"]
     merges = [("▁", "a"), ("▁", "b"), ("▁", "c")]
     backend = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=merges, unk_token="<unk>"))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -88,7 +88,7 @@ def test_a_prompt_whose_end_would_merge_with_the_response_is_kept_as_it_is():
     example = encode({"prompt": "a ", "response": "b"}, tokenizer, "f:1", 100)
     # as a whole "a b" is ▁a ▁b, but the prompt alone ends in ▁
     assert tokenizer.convert_ids_to_tokens(example.prompt_ids) == ["<s>", "▁a", "▁"]
-    assert example.num_targets == len(example.labels) - 3
+    assert tokenizer.convert_ids_to_tokens(example.input_ids[3:]) == ["▁b", "</s>"]
 
 
 def test_truncation_keeps_the_start(caplog, tmp_path):
