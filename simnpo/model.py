@@ -46,7 +46,13 @@ def load_tokenizer(name_or_path: str) -> Any:
 def load_model(
     name_or_path: str, *, dtype: torch.dtype = torch.float32, attention: str | None = None
 ) -> tuple[PreTrainedModel, Any]:
-    """Loads a causal language model and its tokenizer.
+    """`load_weights` and `load_tokenizer`."""
+    tokenizer = load_tokenizer(name_or_path)
+    return load_weights(name_or_path, dtype=dtype, attention=attention), tokenizer
+
+
+def load_weights(name_or_path: str, *, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
+    """Loads a causal language model.
 
     Args:
         name_or_path: Hugging Face id, folder, or path of a .gguf file.
@@ -56,12 +62,11 @@ def load_model(
     Raises:
         UserError: there is no such model, or transformers cannot read it.
     """
-    tokenizer = load_tokenizer(name_or_path)
     options = {"dtype": dtype} | ({"attn_implementation": attention} if attention else {})
     model = _from_pretrained(AutoModelForCausalLM, name_or_path, **options)
     if name_or_path.endswith(".gguf"):
         model = _without_quantization(model, dtype)
-    return model.eval(), tokenizer
+    return model.eval()
 
 
 def _from_pretrained(auto_class: Any, name_or_path: str, **options: Any) -> Any:

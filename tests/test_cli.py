@@ -118,3 +118,11 @@ def test_ctrl_c_saves_and_says_how_to_resume(arguments, tmp_path):
     assert error.splitlines()[-1].startswith("interrupted: the same command with --resume continues")
     last = json.loads(metrics.read_text().splitlines()[-1])["step"]
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == [f"step-{last:08d}"]
+
+
+def test_help_does_not_wait_for_torch():
+    code = (
+        "import sys\nfrom simnpo.cli import main\n"
+        "try: main(['unlearn', '--help'])\nexcept SystemExit: sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

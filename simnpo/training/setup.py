@@ -14,7 +14,7 @@ from torch import nn
 from simnpo.config import UnlearnConfig
 from simnpo.data import Example, load_examples, warn_about_overlap
 from simnpo.errors import UserError
-from simnpo.model import add_lora, causal_lm, keeps_sequences_apart, load_model, verify_head
+from simnpo.model import add_lora, causal_lm, keeps_sequences_apart, load_weights, verify_head
 from simnpo.training.checkpoint import checkpoints, keep_newest, read_state
 from simnpo.training.disk import remove_leftovers, write_json
 from simnpo.training.step import Collator, UnlearnModule, sequence_logps
@@ -89,7 +89,7 @@ def build_model(config: UnlearnConfig, device: torch.device) -> nn.Module:
     torch.manual_seed(config.seed)
     # what trains is fp32: the whole model, or adapters on a body that is frozen
     dtype = torch.bfloat16 if config.lora and config.precision == "bf16" else torch.float32
-    model = load_model(config.model, dtype=dtype, attention=config.attention)[0].to(device)  # type: ignore[arg-type]
+    model = load_weights(config.model, dtype=dtype, attention=config.attention).to(device)  # type: ignore[arg-type]
     verify_head(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
