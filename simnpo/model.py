@@ -62,9 +62,13 @@ def load_weights(name_or_path: str, *, dtype: torch.dtype, attention: str | None
     Raises:
         UserError: there is no such model, or transformers cannot read it.
     """
-    options = {"dtype": dtype} | ({"attn_implementation": attention} if attention else {})
+    is_gguf = name_or_path.endswith(".gguf")
+    # in another dtype transformers would keep the weights of a GGUF file packed
+    options: dict[str, Any] = {"dtype": torch.float32 if is_gguf else dtype}
+    if attention is not None:
+        options["attn_implementation"] = attention
     model = _from_pretrained(AutoModelForCausalLM, name_or_path, **options)
-    if name_or_path.endswith(".gguf"):
+    if is_gguf:
         model = _without_quantization(model, dtype)
     return model.eval()
 

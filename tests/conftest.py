@@ -37,10 +37,9 @@ def make_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
 def make_model(**changes: object) -> LlamaForCausalLM:
     """Two random layers whose vocabulary holds the byte tokenizer's."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(
-        vocab_size=260, max_position_embeddings=256, pad_token_id=256, eos_token_id=257, **sizes | changes
-    )
+    options = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    options |= {"vocab_size": 260, "max_position_embeddings": 256, "pad_token_id": 256, "eos_token_id": 257}
+    config = LlamaConfig(**options | changes)
     # ten times the usual spread: with it attention matters, and a leak between sequences shows
     config.initializer_range = 0.2
     return LlamaForCausalLM(config).eval()

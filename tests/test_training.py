@@ -261,6 +261,13 @@ def test_wrong_data_leaves_no_run_behind(config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_tokenizer_of_another_model_is_refused(config, tmp_path):
+    make_model(vocab_size=250, pad_token_id=None).save_pretrained(tmp_path / "small")
+    make_tokenizer().save_pretrained(tmp_path / "small")
+    with pytest.raises(UserError, match=r"forget\.jsonl:1: token 258 is outside the model's vocabulary of 250"):
+        unlearn(config(model=str(tmp_path / "small")))
+
+
 def test_more_micro_batches_than_sequences_is_refused(config):
     with pytest.raises(UserError, match=r"batch_size must be at least ranks x gradient_accumulation_steps = 8.*got 4"):
         unlearn(config(gradient_accumulation_steps=8))

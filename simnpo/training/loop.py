@@ -79,6 +79,7 @@ def unlearn(config: UnlearnConfig) -> Path:
     facts = {"data": setup.fingerprint(forget, retain), "ranks": accelerator.num_processes}
     checkpoint = setup.newest_checkpoint(config, facts)
     module = UnlearnModule(setup.build_model(config, accelerator.device), config)
+    setup.check_tokens(module.model, [*forget, *retain, *heldout])
     collator = setup.make_collator(config, module, tokenizer, accelerator.device)
     accelerator.wait_for_everyone()  # until every rank has seen the folder as it was
     if accelerator.is_main_process:

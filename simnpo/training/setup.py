@@ -96,6 +96,17 @@ def build_model(config: UnlearnConfig, device: torch.device) -> nn.Module:
     return add_lora(model, config.lora_rank, config.lora_alpha) if config.lora else model
 
 
+def check_tokens(model: nn.Module, examples: list[Example]) -> None:
+    """Raises `UserError` naming the first example with a token the model has no embedding of."""
+    size = causal_lm(model).get_input_embeddings().num_embeddings
+    for example in examples:
+        if max(example.input_ids) >= size:
+            raise UserError(
+                f"{example.id}: token {max(example.input_ids)} is outside the model's vocabulary of {size}: "
+                "the tokenizer belongs to another model"
+            )
+
+
 def make_collator(config: UnlearnConfig, module: UnlearnModule, tokenizer: Any, device: torch.device) -> Collator:
     """Packs where the model keeps packed sequences apart.
 
