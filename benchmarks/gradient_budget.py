@@ -96,12 +96,12 @@ def apply_rule(rule: str, chunk: Dense, gradient_error: float) -> tuple[float, f
 
 def bf16_errors(batch: Batch, exact: tuple[Tensor, Tensor]) -> tuple[float, float]:
     """What computing the whole gradient from bf16 operands costs: our exact path, bf16 against float32."""
-    leaves = [x.detach().bfloat16().requires_grad_() for x in (batch.hidden_states, batch.weight)]
+    h, w = (x.detach().bfloat16().requires_grad_() for x in (batch.hidden_states, batch.weight))
     out = linear_unlearn_loss(
-        *leaves, batch.targets, OBJECTIVE, cu_seqlens=batch.cu_seqlens, retain_mask=batch.retain_mask,
+        h, w, batch.targets, OBJECTIVE, cu_seqlens=batch.cu_seqlens, retain_mask=batch.retain_mask,
         forget_coef=FORGET_COEF, retain_coef=RETAIN_COEF,
     )  # fmt: skip
-    dh, dw = torch.autograd.grad(out.loss, leaves)
+    dh, dw = torch.autograd.grad(out.loss, (h, w))
     return relative_error(dh, exact[0]), relative_error(dw, exact[1])
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 Impl = Literal["auto", "triton", "torch"]
+
+Fn = TypeVar("Fn", bound=Callable)
 
 IGNORE_INDEX = -100
 
@@ -30,6 +33,11 @@ except ImportError:  # Windows, macOS, a CPU build of torch: the kernels are def
 
 # Triton 3.9 warns when this is left open and 3.10 turns fusion off; the interpreter ignores it
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
+
+
+def uncompiled(fn: Fn) -> Fn:
+    """A compiled caller breaks its graph here: chunks are planned on the host, from numbers only the device knows."""
+    return torch.compiler.disable(fn)
 
 
 def resolve_impl(impl: str, tensor: Tensor) -> Literal["triton", "torch"]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from simnpo.kernels.autograd import first_derivative_only
-from simnpo.kernels.backend import IGNORE_INDEX, Impl
+from simnpo.kernels.backend import IGNORE_INDEX, Impl, uncompiled
 from simnpo.kernels.checks import check_head, read_layout
 from simnpo.kernels.chunks import default_chunk_tokens, even_chunks
 from simnpo.kernels.gemm import logits_into, mm_float32
@@ -148,7 +148,7 @@ class _LinearLogps(torch.autograd.Function):
         return dhidden, dweight, dbias, *[None] * 4
 
 
-@torch.compiler.disable
+@uncompiled
 def linear_logps(
     hidden_states: Tensor, lm_head_weight: Tensor, targets: Tensor, *, bias: Tensor | None = None,
     logit_scale: float = 1.0, logit_softcap: float | None = None, gradient_error: float = 0.0,

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from simnpo.kernels.autograd import first_derivative_only
-from simnpo.kernels.backend import Impl
+from simnpo.kernels.backend import Impl, uncompiled
 from simnpo.kernels.checks import Layout, check_head, check_sequences, read_layout, sequence_bounds
 from simnpo.kernels.chunks import Span, aligned_spans, even_chunks
 from simnpo.kernels.head import HeadOptions
@@ -198,7 +198,7 @@ def reduce_losses(plan: SequencePlan, results: SequenceResults, forget_coef: flo
     return UnlearnLoss(loss, forget_loss, retain_loss, results.logps, plan.num_tokens, results.weights)
 
 
-@torch.compiler.disable
+@uncompiled
 def linear_unlearn_loss(
     hidden_states: Tensor, lm_head_weight: Tensor, targets: Tensor, objective: Objective, *,
     cu_seqlens: Tensor | None = None, retain_mask: Tensor | None = None, ref_logps: Tensor | None = None,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from simnpo.kernels.autograd import first_derivative_only
-from simnpo.kernels.backend import Impl
+from simnpo.kernels.backend import Impl, uncompiled
 from simnpo.kernels.checks import check_sequences, check_targets, read_layout, sequence_bounds
 from simnpo.kernels.head import LogitTransform, float_dtype
 from simnpo.kernels.linear_logps import RowStats
@@ -74,7 +74,7 @@ class _UnlearnLoss(torch.autograd.Function):
         return dlogits, *[None] * 6
 
 
-@torch.compiler.disable
+@uncompiled
 def unlearn_loss(
     logits: Tensor, targets: Tensor, objective: Objective, *, cu_seqlens: Tensor | None = None,
     retain_mask: Tensor | None = None, ref_logps: Tensor | None = None, forget_coef: float = 1.0,

@@ -25,7 +25,7 @@ def test_rows_are_questions_with_one_short_answer(name, least, most):
     for row in found:
         assert set(row) == {"prompt", "response"}
         assert row["prompt"].endswith(("?", ".")), row
-        assert 0 < len(row["response"].split()) <= 16, row
+        assert 0 < len(row["response"].split()) <= 20, row
         assert row == {key: text.strip() for key, text in row.items()}
 
 

@@ -98,7 +98,7 @@ def build_model(config: UnlearnConfig, device: torch.device) -> nn.Module:
 
 def check_tokens(model: nn.Module, examples: list[Example]) -> None:
     """Raises `UserError` naming the first example with a token the model has no embedding of."""
-    size = causal_lm(model).get_input_embeddings().num_embeddings
+    size = len(causal_lm(model).get_input_embeddings().weight)  # type: ignore[arg-type]
     for example in examples:
         if max(example.input_ids) >= size:
             raise UserError(
