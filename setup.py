@@ -39,6 +39,7 @@ setup(
             "pytest>=8",
             "pytest-benchmark>=5",
             "hypothesis>=6",
+            "build>=1",
             "gguf>=0.10",
             "triton>=3.4; sys_platform == 'linux'",
         ],

@@ -62,8 +62,11 @@ def check_targets(values: Tensor, targets: Tensor) -> None:
         raise ValueError(f"targets must be on {values.device}, got {targets.device}")
 
 
-def check_sequences(B: int, retain_mask: Tensor | None, ref_logps: Tensor | None, objective: Objective) -> None:
-    """The per-sequence arguments."""
+def check_sequences(
+    B: int, retain_mask: Tensor | None, ref_logps: Tensor | None, objective: Objective, num_forget: int | None,
+    num_retain_tokens: int | None,
+) -> None:  # fmt: skip
+    """The per-sequence arguments, and what the means over them divide by."""
     if B == 0:
         raise ValueError("the batch must hold at least one sequence, got none")
     if objective.needs_ref_logps and ref_logps is None:
@@ -76,6 +79,9 @@ def check_sequences(B: int, retain_mask: Tensor | None, ref_logps: Tensor | None
             raise ValueError(f"{name} must be ({B},), one per sequence, got {tuple(tensor.shape)}")
     if retain_mask is not None and retain_mask.dtype != torch.bool:
         raise ValueError(f"retain_mask must be bool, got {retain_mask.dtype}")
+    for name, count in (("num_forget", num_forget), ("num_retain_tokens", num_retain_tokens)):
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise ValueError(f"{name} must be a positive integer, or None for this batch's own, got {count!r}")
 
 
 def sequence_bounds(targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:

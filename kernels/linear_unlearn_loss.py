@@ -41,6 +41,7 @@ class UnlearnLoss(NamedTuple):
     loss: () the objective to minimise.
     forget_loss: () mean over the forget sequences, 0 without any.
     retain_loss: () negative log-likelihood per retain token, nats, 0 without any.
+        With num_forget or num_retain_tokens these two are the batch's share of a mean over more than the batch.
     logps: (B,) log-probability of each sequence, nats.
     num_tokens: (B,) int64, tokens that count.
     weights: (B,) derivative of a forget sequence's own loss in each of its token log-probabilities; 0 for retain.
@@ -64,7 +65,8 @@ class SequencePlan(NamedTuple):
     offsets: (S + 1,) bounds of the S sequences that have tokens.   sequences: (S,) their places in the batch.
     num_tokens: (B,) int64.   is_retain: (B,) bool.   ref_logps: (B,) or None.
     coefs: (N,) d loss / d logp: of retain tokens from the start, of forget tokens from the sequence pass on.
-    forget_scale: forget_coef over the number of forget sequences.
+    num_forget, num_retain_tokens: what the two means divide by.
+    forget_scale: forget_coef over num_forget.
     """
 
     rows: Tensor
@@ -74,6 +76,8 @@ class SequencePlan(NamedTuple):
     is_retain: Tensor
     ref_logps: Tensor | None
     coefs: Tensor
+    num_forget: int
+    num_retain_tokens: int
     forget_scale: float
     spans: list[Span]
     objective: Objective
@@ -89,7 +93,7 @@ class SequencePlan(NamedTuple):
 
 def make_plan(
     layout: Layout, objective: Objective, ref_logps: Tensor | None, forget_coef: float, retain_coef: float,
-    dtype: torch.dtype, chunk_tokens: int, *, aligned: bool,
+    dtype: torch.dtype, chunk_tokens: int, *, aligned: bool, num_forget: int | None, num_retain_tokens: int | None,
 ) -> SequencePlan:  # fmt: skip
     """Order the sequences for the schedule: aligned to chunks, or as they come in one span cut anywhere."""
     rows, lengths, is_retain = layout
@@ -111,14 +115,16 @@ def make_plan(
         shift = starts[sequences] - offsets[:-1]
         shift = shift.repeat_interleave(num_tokens[sequences], output_size=len(rows))
         rows = rows[shift + torch.arange(len(rows), device=device)]
-    num_retain = sum(n for n, known in zip(lengths, is_retain, strict=True) if known)
-    num_forget = B - sum(is_retain)
-    coefs = torch.zeros(B, dtype=dtype, device=device).masked_fill_(retain, -retain_coef / max(num_retain, 1))
+    if num_retain_tokens is None:
+        num_retain_tokens = max(sum(n for n, known in zip(lengths, is_retain, strict=True) if known), 1)
+    if num_forget is None:
+        num_forget = max(B - sum(is_retain), 1)
+    coefs = torch.zeros(B, dtype=dtype, device=device).masked_fill_(retain, -retain_coef / num_retain_tokens)
     coefs = coefs[sequences].repeat_interleave(num_tokens[sequences], output_size=len(rows))
     ref_logps = None if ref_logps is None else ref_logps.to(device, dtype)
-    forget_scale = forget_coef / max(num_forget, 1)
     return SequencePlan(
-        rows, offsets, sequences, num_tokens, retain, ref_logps, coefs, forget_scale, spans, objective
+        rows, offsets, sequences, num_tokens, retain, ref_logps, coefs, num_forget, num_retain_tokens,
+        forget_coef / num_forget, spans, objective,
     )  # fmt: skip
 
 
@@ -190,10 +196,8 @@ class _LinearUnlearnLoss(torch.autograd.Function):
 
 def reduce_losses(plan: SequencePlan, results: SequenceResults, forget_coef: float, retain_coef: float) -> UnlearnLoss:
     """The batch's losses from those of its sequences, in float32."""
-    num_forget = (~plan.is_retain).sum().clamp(min=1)
-    num_retain_tokens = plan.num_tokens.where(plan.is_retain, 0).sum().clamp(min=1)
-    forget_loss = results.losses.where(~plan.is_retain, 0).sum() / num_forget
-    retain_loss = results.losses.where(plan.is_retain, 0).sum() / num_retain_tokens
+    forget_loss = results.losses.where(~plan.is_retain, 0).sum() / plan.num_forget
+    retain_loss = results.losses.where(plan.is_retain, 0).sum() / plan.num_retain_tokens
     loss = forget_coef * forget_loss + retain_coef * retain_loss
     return UnlearnLoss(loss, forget_loss, retain_loss, results.logps, plan.num_tokens, results.weights)
 
@@ -202,7 +206,8 @@ def reduce_losses(plan: SequencePlan, results: SequenceResults, forget_coef: flo
 def linear_unlearn_loss(
     hidden_states: Tensor, lm_head_weight: Tensor, targets: Tensor, objective: Objective, *,
     cu_seqlens: Tensor | None = None, retain_mask: Tensor | None = None, ref_logps: Tensor | None = None,
-    forget_coef: float = 1.0, retain_coef: float = 1.0, bias: Tensor | None = None, logit_scale: float = 1.0,
+    forget_coef: float = 1.0, retain_coef: float = 1.0, num_forget: int | None = None,
+    num_retain_tokens: int | None = None, bias: Tensor | None = None, logit_scale: float = 1.0,
     logit_softcap: float | None = None, gradient_error: float = 0.0,
     logits_dtype: torch.dtype | None = None, chunk_tokens: int | None = None, impl: Impl = "auto",
 ) -> UnlearnLoss:  # fmt: skip
@@ -217,6 +222,8 @@ def linear_unlearn_loss(
         retain_mask: (B,) bool, True for a retain sequence; None: all forget.
         ref_logps: (B,) log-probabilities under the reference policy, nats, for NPO; ignored at retain sequences.
         forget_coef, retain_coef: weights of the two terms. The paper's published lambda of TOFU is our forget_coef.
+        num_forget, num_retain_tokens: what the two means divide by where the batch is one of several micro-batches or
+            ranks of a step: the forget sequences and retain tokens of them all. None: of this batch.
         bias, logit_scale, logit_softcap: logits = c tanh(scale * (h W^T + bias) / c).
         gradient_error: relative L2 error allowed in the gradient of the logits, in [0, 1); 0 is exact. With 0.004 the
             backward products run over the few per cent of the vocabulary that carry the gradient, at an error the size
@@ -234,7 +241,7 @@ def linear_unlearn_loss(
     """
     check_head(hidden_states, lm_head_weight, targets, bias, logit_scale, logit_softcap)
     bounds = sequence_bounds(targets, cu_seqlens)
-    check_sequences(len(bounds) - 1, retain_mask, ref_logps, objective)
+    check_sequences(len(bounds) - 1, retain_mask, ref_logps, objective, num_forget, num_retain_tokens)
     flat, flat_targets = hidden_states.reshape(-1, hidden_states.shape[-1]), targets.reshape(-1)
     layout = read_layout(flat_targets, bounds, retain_mask, lm_head_weight.shape[0])
     needs = needs_gradient(hidden_states, lm_head_weight, bias)
@@ -247,7 +254,8 @@ def linear_unlearn_loss(
     dtype = torch.float64 if options.dtype == torch.float64 else torch.float32
     with torch.autocast(hidden_states.device.type, enabled=False):
         plan = make_plan(
-            layout, objective, ref_logps, forget_coef, retain_coef, dtype, options.chunk_tokens, aligned=aligned
+            layout, objective, ref_logps, forget_coef, retain_coef, dtype, options.chunk_tokens, aligned=aligned,
+            num_forget=num_forget, num_retain_tokens=num_retain_tokens,
         )  # fmt: skip
         return UnlearnLoss(
             *_LinearUnlearnLoss.apply(

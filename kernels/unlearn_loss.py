@@ -78,7 +78,8 @@ class _UnlearnLoss(torch.autograd.Function):
 def unlearn_loss(
     logits: Tensor, targets: Tensor, objective: Objective, *, cu_seqlens: Tensor | None = None,
     retain_mask: Tensor | None = None, ref_logps: Tensor | None = None, forget_coef: float = 1.0,
-    retain_coef: float = 1.0, inplace: bool = False, impl: Impl = "auto",
+    retain_coef: float = 1.0, num_forget: int | None = None, num_retain_tokens: int | None = None,
+    inplace: bool = False, impl: Impl = "auto",
 ) -> UnlearnLoss:  # fmt: skip
     """An unlearning loss of logits that exist already. `linear_unlearn_loss` needs none and a fraction of the memory.
 
@@ -87,7 +88,8 @@ def unlearn_loss(
         targets: (B, T) or (N,) int64 in [0, V), already shifted, -100 where ignored.
         inplace: let the backward write the gradient over the logits. Allowed when nothing else needs them: autograd
             raises when another operation saved them, or on a second backward.
-        objective, cu_seqlens, retain_mask, ref_logps, forget_coef, retain_coef, impl: see `linear_unlearn_loss`.
+        objective, cu_seqlens, retain_mask, ref_logps, forget_coef, retain_coef, num_forget, num_retain_tokens, impl:
+            see `linear_unlearn_loss`.
 
     Returns:
         UnlearnLoss.
@@ -100,7 +102,7 @@ def unlearn_loss(
         raise ValueError(f"logits must be (B, T, V) or packed (N, V) floats, got {tuple(logits.shape)} {logits.dtype}")
     check_targets(logits, targets)
     bounds = sequence_bounds(targets, cu_seqlens)
-    check_sequences(len(bounds) - 1, retain_mask, ref_logps, objective)
+    check_sequences(len(bounds) - 1, retain_mask, ref_logps, objective, num_forget, num_retain_tokens)
     if inplace and not logits.is_contiguous():
         raise ValueError("inplace needs contiguous logits: pass logits.contiguous() or inplace=False")
     flat, flat_targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
@@ -109,7 +111,8 @@ def unlearn_loss(
     layout = read_layout(flat_targets, bounds, retain_mask, logits.shape[-1])
     dtype = float_dtype(logits)
     plan = make_plan(
-        layout, objective, ref_logps, forget_coef, retain_coef, dtype, max(len(flat), 1), aligned=False
+        layout, objective, ref_logps, forget_coef, retain_coef, dtype, max(len(flat), 1), aligned=False,
+        num_forget=num_forget, num_retain_tokens=num_retain_tokens,
     )  # fmt: skip
     return UnlearnLoss(
         *_UnlearnLoss.apply(flat, flat_targets, plan, passes_for(impl, logits), forget_coef, retain_coef, inplace)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from simnpo import metrics as metrics
+    from simnpo.attached_model import attach as attach
     from simnpo.kernels.linear_logps import linear_logps as linear_logps
     from simnpo.kernels.linear_unlearn_loss import UnlearnLoss as UnlearnLoss
     from simnpo.kernels.linear_unlearn_loss import linear_unlearn_loss as linear_unlearn_loss
@@ -23,6 +24,7 @@ _HOME = {
     "GradAscent": "simnpo.objectives",
     "SimNPO": "simnpo.objectives",
     "UnlearnLoss": "simnpo.kernels.linear_unlearn_loss",
+    "attach": "simnpo.attached_model",
     "linear_logps": "simnpo.kernels.linear_logps",
     "linear_unlearn_loss": "simnpo.kernels.linear_unlearn_loss",
     "npo_loss": "simnpo.objectives",

@@ -44,6 +44,16 @@ class Batch:
     ids: tuple[str, ...]
     num_targets: tuple[int, ...]
 
+    def inputs(self) -> dict[str, Tensor | None]:
+        """What an attached model takes of it, beside what the objective needs."""
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "attention_mask": self.attention_mask,
+            "shift_labels": self.targets,
+            "cu_seqlens": self.cu_seqlens,
+        }
+
     def to(self, device: torch.device) -> "Batch":
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {k: v.to(device, non_blocking=True) for k, v in tensors.items() if isinstance(v, Tensor)}

@@ -128,11 +128,21 @@ def output_head(model: nn.Module) -> OutputHead:
     """What turns the model's hidden states into logits.
 
     Raises:
-        UserError: the head cannot be found, has a LoRA adapter, is quantised, or is not a plain linear layer.
+        UserError: see `output_layer`.
+    """
+    head = output_layer(model)
+    return OutputHead(head.weight, head.bias, *logit_transform(model))
+
+
+def output_layer(model: nn.Module) -> nn.Linear:
+    """The linear layer from hidden states to logits; with `modules_to_save`, the copy PEFT trains.
+
+    Raises:
+        UserError: it cannot be found, has a LoRA adapter, is quantised, or is not a plain linear layer.
     """
     lm = causal_lm(model)
     head = lm.get_output_embeddings() if hasattr(lm, "get_output_embeddings") else None
-    if head is None or _body(lm) is None:
+    if head is None or body_of(lm) is None:
         raise UserError(f"model: cannot find the output head of {type(lm).__name__}; a causal language model is needed")
     if isinstance(head, ModulesToSaveWrapper):
         head = head.modules_to_save[head.active_adapters[0]]
@@ -149,17 +159,22 @@ def output_head(model: nn.Module) -> OutputHead:
             f"model: the output head must be a linear layer with floating point weights, got {kind}: load the model "
             "with its head left out of the quantisation (llm_int8_skip_modules, modules_to_not_convert)"
         )
-    config = lm.config.get_text_config()
+    return head
+
+
+def logit_transform(model: nn.Module) -> tuple[float, float | None]:
+    """Scale and soft-cap of the logits, from the configuration."""
+    config = causal_lm(model).config.get_text_config()
     scale = 1.0
     for name, divides in LOGIT_FACTORS.items():
         factor = getattr(config, name, None)
         if factor is not None:
             divides = divides and not config.model_type.startswith(MULTIPLIES_BY_LOGITS_SCALING)
             scale = scale / factor if divides else scale * factor
-    return OutputHead(weight, head.bias, scale, getattr(config, "final_logit_softcapping", None))
+    return scale, getattr(config, "final_logit_softcapping", None)
 
 
-def _body(lm: nn.Module) -> nn.Module | None:
+def body_of(lm: nn.Module) -> nn.Module | None:
     """The model without its head."""
     body = getattr(lm, "base_model", None)
     return None if body is lm else body
@@ -171,8 +186,8 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     Returns:
         (B, T, D) of a padded batch, (N, D) of a packed one.
     """
-    body = _body(causal_lm(model))
-    assert body is not None, "output_head refuses a model without a body"
+    body = body_of(causal_lm(model))
+    assert body is not None, "output_layer refuses a model without a body"
     output = body(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
@@ -194,10 +209,10 @@ def verify_head(model: nn.Module) -> None:
     weight, bias, scale, softcap = output_head(model)
     batch = _probe(model, [7])
     hidden = hidden_states(model, batch)[0]
-    logits = scale * nn.functional.linear(hidden.to(weight.dtype), weight, bias).float()
+    logits = scale * nn.functional.linear(hidden.to(weight.dtype), weight, bias).double()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    expected = causal_lm(model)(input_ids=batch.input_ids, use_cache=False).logits[0].float()
+    expected = causal_lm(model)(input_ids=batch.input_ids, use_cache=False).logits[0].double()
     error = _relative_error(logits, expected)
     if not error <= TOLERANCE[weight.dtype]:
         raise UserError(

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from simnpo.attached_model import attach
 from simnpo.batch import Sampler
 from simnpo.config import UnlearnConfig
 from simnpo.data import encode, load_examples
@@ -23,7 +24,7 @@ from simnpo.model import load_model
 from simnpo.training import checkpoint as checkpoint_module
 from simnpo.training.loop import unlearn
 from simnpo.training.optimizer import learning_rate, make_optimizer
-from simnpo.training.step import Collator, UnlearnModule, accumulate, sequence_logps
+from simnpo.training.step import Collator, accumulate, sequence_logps
 
 CPU = torch.device("cpu")
 
@@ -62,12 +63,12 @@ def examples(name: str, lengths: tuple[int, ...]):
 
 def gradients(config: UnlearnConfig, *, packed: bool = True, step: int = 0):
     """Totals and gradients of one step on the tiny model."""
-    module = UnlearnModule(make_model(), config)
+    model = attach(make_model())
     reference = {f"f:{n}": -2.0 * n for n in range(40)} if config.method == "npo" else None
     forget, retain = examples("f", tuple(range(1, 12))), examples("r", tuple(range(3, 20)))
     sampler = Sampler(forget, retain, config.batch_size, 5, seed=0)
-    totals = accumulate(Accelerator(cpu=True), module, Collator(packed, 256, CPU, reference), sampler, config, step)
-    return totals, {name: p.grad for name, p in module.named_parameters()}
+    totals = accumulate(Accelerator(cpu=True), model, Collator(packed, 256, CPU, reference), sampler, config, step)
+    return totals, {name: p.grad for name, p in model.named_parameters()}
 
 
 METHODS = [{"gamma": 0.3}, {"method": "npo"}, {"method": "ga"}]
@@ -99,8 +100,8 @@ def test_step_is_the_formula_on_the_models_own_logits(config):
     """Against plain autograd through the logits: SimNPO's mean over sequences, plus retain NLL per token."""
     settings = config(batch_size=3, beta=1.5, gamma=0.4, forget_coef=0.6, retain_coef=1.7)
     sampler = Sampler(examples("f", (1, 5, 9)), examples("r", (2, 4, 30)), 3, 2, seed=0)
-    module = UnlearnModule(make_model(), settings)
-    totals = accumulate(Accelerator(cpu=True), module, Collator(True, 256, CPU, None), sampler, settings, 0)
+    trained = attach(make_model())
+    totals = accumulate(Accelerator(cpu=True), trained, Collator(True, 256, CPU, None), sampler, settings, 0)
 
     model, forget_losses, retain_logps = make_model(), [], []
     forget, retain = sampler.step(0, 0)
@@ -117,7 +118,7 @@ def test_step_is_the_formula_on_the_models_own_logits(config):
     loss.backward()
     assert totals.loss == pytest.approx(loss.item(), rel=1e-5)
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(module.model.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(trained.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 # Whole runs
@@ -184,7 +185,7 @@ def test_npo_references_are_the_initial_models_log_probabilities(config, model_d
     saved = json.loads((output / "reference.json").read_text())
     model, tokenizer = load_model(str(model_dir))
     forget = load_examples(forget_file, tokenizer, 512)
-    again = sequence_logps(UnlearnModule(model, settings), Collator(False, 256, CPU, None), forget, 1)
+    again = sequence_logps(attach(model), settings, Collator(False, 256, CPU, None), forget, 1)
     torch.testing.assert_close(torch.tensor([saved[example.id] for example in forget]), again, rtol=1e-5, atol=1e-4)
     # so the first step weighs every sequence by 1
     assert rows(output / "weights.jsonl")[0]["weights"] == pytest.approx([1.0] * 10, abs=1e-5)
@@ -309,9 +310,9 @@ def break_at_step(monkeypatch, step: int, what) -> None:
 
 
 def test_nan_in_hidden_states_stops_before_the_optimizer_and_names_the_examples(config, monkeypatch, tmp_path):
-    def poison(module):
+    def poison(model):
         # of the forget rows only the eighth has a 7
-        module.model.model.embed_tokens.weight.data[make_tokenizer()("7")["input_ids"][0]] = float("nan")
+        model.model.embed_tokens.weight.data[make_tokenizer()("7")["input_ids"][0]] = float("nan")
 
     break_at_step(monkeypatch, 2, poison)
     with pytest.raises(RunError, match=r"step 3: the loss is nan .*stopped before the update; examples: ") as caught:
@@ -325,8 +326,8 @@ def test_nan_in_hidden_states_stops_before_the_optimizer_and_names_the_examples(
 
 
 def test_infinite_gradient_stops_too(config, monkeypatch, tmp_path):
-    def poison(module):
-        module.model.model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+    def poison(model):
+        model.model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
 
     break_at_step(monkeypatch, 1, poison)
     with pytest.raises(

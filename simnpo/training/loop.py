@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch import nn
 
 from simnpo.batch import Sampler, seed_torch
 from simnpo.config import UnlearnConfig
@@ -26,7 +27,7 @@ from simnpo.training import result, setup
 from simnpo.training.checkpoint import load_checkpoint, read_state, save_checkpoint
 from simnpo.training.log import Clock, RunLog, drop_rows_after, peak_memory_mib
 from simnpo.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
-from simnpo.training.step import Collator, StepTotals, UnlearnModule, accumulate, not_finite, sequence_logps
+from simnpo.training.step import Collator, StepTotals, accumulate, not_finite, sequence_logps
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class Run:
 
     config: UnlearnConfig
     accelerator: Accelerator
-    module: UnlearnModule
+    model: nn.Module
     tokenizer: Any
     collator: Collator
     forget: list[Example]
@@ -78,15 +79,15 @@ def unlearn(config: UnlearnConfig) -> Path:
     forget, retain, heldout = setup.read_data(config, tokenizer)
     facts = {"data": setup.fingerprint(forget, retain), "ranks": accelerator.num_processes}
     checkpoint = setup.newest_checkpoint(config, facts)
-    module = UnlearnModule(setup.build_model(config, accelerator.device), config)
-    setup.check_tokens(module.model, [*forget, *retain, *heldout])
-    collator = setup.make_collator(config, module, tokenizer, accelerator.device)
+    model = setup.build_model(config, accelerator.device)
+    setup.check_tokens(model, [*forget, *retain, *heldout])
+    collator = setup.make_collator(config, model, tokenizer, accelerator.device)
     accelerator.wait_for_everyone()  # until every rank has seen the folder as it was
     if accelerator.is_main_process:
         setup.open_output(config)
-    reference = setup.reference_logps(config, accelerator, module, collator, forget, reload=checkpoint is not None)
+    reference = setup.reference_logps(config, accelerator, model, collator, forget, reload=checkpoint is not None)
     collator = collator._replace(ref_logps=reference)
-    run = Run(config, accelerator, module, tokenizer, collator, forget, retain, heldout, facts)
+    run = Run(config, accelerator, model, tokenizer, collator, forget, retain, heldout, facts)
 
     if accelerator.is_main_process:
         result.evaluate(run, "before")
@@ -106,7 +107,7 @@ def start_accelerator(config: UnlearnConfig) -> Accelerator:
     Raises:
         UserError: a way of spreading the model that this loop does not know, or too few sequences for the ranks.
     """
-    # the module's forward casts by itself, so that `accelerate launch` cannot choose another precision than the config
+    # `autocast` is the run's own, so that `accelerate launch` cannot choose another precision than the config
     accelerator = Accelerator(cpu=config.cpu, mixed_precision="no")
     spread = accelerator.distributed_type
     if spread in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
@@ -130,18 +131,18 @@ def train(run: Run, checkpoint: Path | None) -> Clock:
     """Takes every step that `checkpoint` has not taken, and leaves a checkpoint of the last one."""
     config, accelerator, num_steps = run.config, run.accelerator, run.num_steps
     rank, world = accelerator.process_index, accelerator.num_processes
-    optimizer = make_optimizer(run.module.parameters(), config.weight_decay)
+    optimizer = make_optimizer(run.model.parameters(), config.weight_decay)
     state = {"step": 0, "tokens": 0, "seconds": 0.0}
     if checkpoint is not None:
-        load_checkpoint(checkpoint, run.module.model, optimizer)
+        load_checkpoint(checkpoint, run.model, optimizer)
         state = read_state(checkpoint)
     start = state["step"]
     if accelerator.is_main_process:
         drop_rows_after(run.output / "metrics.jsonl", start)
         drop_rows_after(run.output / "weights.jsonl", start - 1)
     sampler = Sampler(run.forget, run.retain, config.batch_size, config.retain_sequences(), config.seed, world)
-    module = accelerator.prepare(run.module).train()
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    model = accelerator.prepare(run.model).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
 
     clock = Clock(state["tokens"], state["seconds"])
     with RunLog(run.output, start, num_steps, enabled=accelerator.is_main_process) as log, interrupts(world) as stop:
@@ -151,11 +152,11 @@ def train(run: Run, checkpoint: Path | None) -> Clock:
             seed_torch(config.seed, step, rank)
             rate = learning_rate(step, num_steps, config.learning_rate, config.warmup_ratio)
             set_learning_rate(optimizer, rate)
-            totals = accumulate(accelerator, module, run.collator, sampler, config, step)
+            totals = accumulate(accelerator, model, run.collator, sampler, config, step)
             grad_norm = clip_gradients(parameters, config.max_grad_norm).item()
             if not (math.isfinite(totals.loss) and math.isfinite(grad_norm)):
                 what = f"step {step + 1}: the loss is {totals.loss} and the gradient norm {grad_norm}"
-                raise not_finite(what, run.module, run.collator, sampler.step(step, rank))
+                raise not_finite(what, run.model, config, run.collator, sampler.step(step, rank))
             optimizer.step()
             optimizer.zero_grad()
 
@@ -167,7 +168,7 @@ def train(run: Run, checkpoint: Path | None) -> Clock:
             if (is_save_step or done == num_steps or stop.is_set()) and accelerator.is_main_process:
                 state = {"tokens": clock.tokens, "seconds": clock.seconds(), **run.facts}
                 folder = run.output / "checkpoints"
-                save_checkpoint(folder, done, run.module.model, optimizer, state, keep=config.keep_checkpoints)
+                save_checkpoint(folder, done, run.model, optimizer, state, keep=config.keep_checkpoints)
             if stop.is_set() and done < num_steps:
                 raise KeyboardInterrupt
         log.weights(forget_weights(run, num_steps))
@@ -196,11 +197,11 @@ def metrics_row(run: Run, step: int, totals: StepTotals, grad_norm: float, rate:
 def forget_weights(run: Run, step: int) -> dict[str, Any]:
     """The gradient weight of forget examples after `step` steps, for weights.jsonl."""
     examples = run.forget[:PROBED_EXAMPLES]
-    logps = sequence_logps(run.module, run.collator, examples, run.config.batch_size)
+    logps = sequence_logps(run.model, run.config, run.collator, examples, run.config.batch_size)
     num_tokens = torch.tensor([example.num_targets for example in examples])
     reference = run.collator.ref_logps
     ref_logps = None if reference is None else torch.tensor([reference[example.id] for example in examples])
-    _, weights = run.module.objective.loss_and_weight(logps, num_tokens, ref_logps)
+    _, weights = run.config.objective().loss_and_weight(logps, num_tokens, ref_logps)
     return {
         "step": step,
         "ids": [example.id for example in examples],

@@ -15,6 +15,7 @@ import simnpo
 from simnpo import evaluation
 from simnpo.training.disk import whole_folder, write_json
 from simnpo.training.log import Clock, peak_memory_mib
+from simnpo.training.step import autocast
 
 if TYPE_CHECKING:
     from simnpo.training.loop import Run
@@ -28,7 +29,7 @@ def save_model(run: "Run") -> None:
     Raises:
         RunError: the disk is full.
     """
-    model: Any = run.module.model
+    model: Any = run.model
     if isinstance(model, PeftModel):
         with whole_folder(run.output / "adapter") as folder:
             model.save_pretrained(str(folder))
@@ -70,8 +71,8 @@ def evaluate(run: "Run", when: Literal["before", "after"]) -> None:
         return
     sets = {"forget": run.forget, "retain": run.retain, "heldout": run.heldout}
     some = {name: examples[:at_most] for name, examples in sets.items() if examples}
-    with run.module.autocast(run.accelerator.device):
-        scored = evaluation.evaluate(run.module.model, run.tokenizer, some)
+    with autocast(run.config, run.accelerator.device):
+        scored = evaluation.evaluate(run.model, run.tokenizer, some)
     scores[when] = {name: asdict(one) for name, one in scored.items()}
     write_json(path, scores)
     means = ", ".join(f"{name} {one.probability:.3g}" for name, one in scored.items())

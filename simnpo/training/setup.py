@@ -11,13 +11,14 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from simnpo.attached_model import attach
 from simnpo.config import UnlearnConfig
 from simnpo.data import Example, load_examples, warn_about_overlap
 from simnpo.errors import UserError
-from simnpo.model import add_lora, causal_lm, keeps_sequences_apart, load_weights, verify_head
+from simnpo.model import add_lora, causal_lm, keeps_sequences_apart, load_weights
 from simnpo.training.checkpoint import checkpoints, keep_newest, read_state
 from simnpo.training.disk import remove_leftovers, write_json
-from simnpo.training.step import Collator, UnlearnModule, sequence_logps
+from simnpo.training.step import Collator, autocast, sequence_logps
 
 logger = logging.getLogger(__name__)
 
@@ -85,12 +86,12 @@ def fingerprint(*sets: list[Example]) -> str:
 
 
 def build_model(config: UnlearnConfig, device: torch.device) -> nn.Module:
-    """The model on its device, ready to train: head checked, adapters added."""
+    """The model on its device, ready to train: loss attached, adapters added."""
     torch.manual_seed(config.seed)
     # what trains is fp32: the whole model, or adapters on a body that is frozen
     dtype = torch.bfloat16 if config.lora and config.precision == "bf16" else torch.float32
     model = load_weights(config.model, dtype=dtype, attention=config.attention).to(device)  # type: ignore[arg-type]
-    verify_head(model)
+    attach(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return add_lora(model, config.lora_rank, config.lora_alpha) if config.lora else model
@@ -107,7 +108,7 @@ def check_tokens(model: nn.Module, examples: list[Example]) -> None:
             )
 
 
-def make_collator(config: UnlearnConfig, module: UnlearnModule, tokenizer: Any, device: torch.device) -> Collator:
+def make_collator(config: UnlearnConfig, model: nn.Module, tokenizer: Any, device: torch.device) -> Collator:
     """Packs where the model keeps packed sequences apart.
 
     Raises:
@@ -115,11 +116,11 @@ def make_collator(config: UnlearnConfig, module: UnlearnModule, tokenizer: Any, 
     """
     packed = config.packing != "off"
     if packed:
-        module.eval()
-        with module.autocast(device):
-            packed = keeps_sequences_apart(module.model)
+        model.eval()
+        with autocast(config, device):
+            packed = keeps_sequences_apart(model)
         if not packed:
-            name = f"{type(causal_lm(module.model)).__name__} mixes sequences that are packed into one row"
+            name = f"{type(causal_lm(model)).__name__} mixes sequences that are packed into one row"
             if config.packing == "on":
                 raise UserError(f"packing: {name}; use --packing auto or off, or another --attention")
             logger.warning("padding instead of packing: %s", name)
@@ -129,7 +130,7 @@ def make_collator(config: UnlearnConfig, module: UnlearnModule, tokenizer: Any, 
 def reference_logps(
     config: UnlearnConfig,
     accelerator: Accelerator,
-    module: UnlearnModule,
+    model: nn.Module,
     collator: Collator,
     forget: list[Example],
     *,
@@ -139,11 +140,11 @@ def reference_logps(
 
     They are computed once and kept in reference.json, so that there never is a second model.
     """
-    if not module.objective.needs_ref_logps:
+    if not config.objective().needs_ref_logps:
         return None
     path = config.output_dir() / "reference.json"
     if accelerator.is_main_process and not (reload and path.exists()):
-        logps = sequence_logps(module, collator, forget, config.batch_size).tolist()
+        logps = sequence_logps(model, config, collator, forget, config.batch_size).tolist()
         write_json(path, {example.id: logp for example, logp in zip(forget, logps)})
     accelerator.wait_for_everyone()
     return json.loads(path.read_text(encoding="utf-8"))

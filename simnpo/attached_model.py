@@ -1,0 +1,291 @@
+"""`attach`: a causal language model whose own forward computes the loss, so that its logits never exist.
+
+    model(input_ids, attention_mask, labels=labels, objective=SimNPO(), retain_mask=mask)  ->  UnlearnLoss
+    model(input_ids, attention_mask, labels=labels, token_logps=True)                      ->  (B, T) log-probabilities
+    model(input_ids, attention_mask)                                                       ->  what it always returned
+
+The loss is computed inside the model's forward, and its product with the head inside the head's: that is where
+DistributedDataParallel listens, where FSDP and ZeRO-3 have the weights gathered and reduce their gradients, and where
+PEFT swaps in the copy it trains.
+"""
+
+import copyreg
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from simnpo.errors import UserError
+from simnpo.kernels.backend import IGNORE_INDEX
+from simnpo.kernels.linear_logps import linear_logps
+from simnpo.kernels.linear_unlearn_loss import UnlearnLoss, linear_unlearn_loss
+from simnpo.model import body_of, causal_lm, keeps_sequences_apart, logit_transform, output_layer, verify_head
+from simnpo.objectives import Objective
+
+# arguments of the loss, in the forward of an attached model; without `objective` or `token_logps` they mean nothing
+LOSS_ARGUMENTS = (
+    "shift_labels", "retain_mask", "ref_logps", "forget_coef", "retain_coef", "num_forget", "num_retain_tokens",
+    "cu_seqlens", "gradient_error", "logits_dtype", "chunk_tokens", "impl",
+)  # fmt: skip
+TOKEN_LOGPS_ARGUMENTS = ("cu_seqlens", "gradient_error", "logits_dtype", "chunk_tokens", "impl")
+# arguments of the model's own forward that a loss without logits cannot honour
+REFUSED = {
+    "num_items_in_batch": "it counts tokens of forget and retain sequences alike: pass num_forget and "
+    "num_retain_tokens, what the two means divide by",
+    "past_key_values": "a loss needs the whole sequences: leave the cache, or the prefix-tuning adapter, out",
+    "logits_to_keep": "there are no logits to keep: mark what counts in labels",
+}
+
+
+def attach(model: nn.Module, *, verify: bool = True) -> Any:
+    """Teach a model to compute the unlearning loss in its own forward.
+
+    Call it before PEFT, Accelerate, DDP, FSDP or DeepSpeed wrap the model; a `PeftModel` may also be attached as it is.
+    Without `objective` or `token_logps` the model behaves as before: `generate`, `save_pretrained`, `copy.deepcopy`,
+    pickling, gradient checkpointing and LoRA see the model they know.
+
+    With one of them the forward takes, beside the model's own arguments:
+
+        labels: (B, T) Hugging Face's, unshifted, -100 where ignored; or shift_labels: (B, T), shifted already.
+        objective: `SimNPO`, `NPO`, ...; the call returns an `UnlearnLoss`.
+        token_logps: True; the call returns (B, T) float32 nats, [b, t] of labels[b, t + 1], 0 where ignored,
+            differentiable for any loss.
+        retain_mask: (B,) bool, True for a retain sequence.
+        ref_logps: (B,) log-probabilities under the reference policy, nats: a float32 tensor, or a list of floats,
+            which no mixed-precision wrapper can round.
+        num_forget, num_retain_tokens: what the two means divide by, if not the batch's own: the forget sequences and
+            retain tokens of all ranks and micro-batches of a step. Where gradients are averaged over ranks (DDP, FSDP,
+            ZeRO) the loss is to be multiplied by their number.
+        cu_seqlens: (B + 1,) bounds of the sequences of a packed (1, N) row, whose position_ids restart with each.
+        forget_coef, retain_coef, gradient_error, logits_dtype, chunk_tokens, impl: see `linear_unlearn_loss`.
+
+    Logit scale, soft-cap, bias and text configuration are taken from the model's configuration. A mixture of experts
+    whose configuration asks for router logits gets its load-balancing loss added, as in its own forward.
+
+    Args:
+        model: causal language model of transformers, with or without a PEFT adapter.
+        verify: measure on a few made-up tokens that head times hidden states are the model's logits. Turn it off only
+            for weights that are not there yet (a meta device).
+
+    Returns:
+        `model`, the same object.
+
+    Raises:
+        UserError: the head cannot be found, has an adapter, is quantised or not a linear layer; the logits are made in
+            an unknown way; the adapter is a prompt-learning one.
+    """
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise UserError(
+            f"model: {model.active_peft_config.peft_type} prepends virtual tokens, which the loss would take for the "
+            "sequence's own: use LoRA, or train the whole model"
+        )
+    lm = causal_lm(model)
+    if lm.config.is_encoder_decoder:
+        raise UserError(f"model: {type(lm).__name__} is an encoder-decoder; a causal language model is needed")
+    _attach_head(lm)
+    if not isinstance(lm, AttachedModel):
+        lm.__class__ = _attached_class(type(lm))
+    if verify:
+        if any(parameter.is_meta for parameter in lm.parameters()):
+            raise UserError("model: its weights are on the meta device and cannot be checked: pass verify=False")
+        was_training = lm.training
+        lm.eval()
+        verify_head(lm)
+        lm.train(was_training)
+    return model
+
+
+class AttachedHead(nn.Linear):
+    """A linear layer that can hand its weight to a loss instead of multiplying."""
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, loss: Callable[[Tensor, Tensor, Tensor | None], Any] | None = None
+    ) -> Any:
+        return super().forward(input) if loss is None else loss(input, self.weight, self.bias)
+
+
+class AttachedModel:
+    """Mixed into the class of a model by `attach`; see there."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # the mixed class has no name to be imported by: a copy is made from the model's own class
+        rebuild, _, *state = super().__reduce_ex__(protocol)
+        assert rebuild is copyreg.__newobj__, rebuild  # type: ignore[attr-defined]
+        return (_new_attached, (type(self).__mro__[2],), *state)
+
+
+def _new_attached(base: type[nn.Module]) -> Any:
+    return object.__new__(_attached_class(base))
+
+
+@cache
+def _attached_class(base: type[nn.Module]) -> type:
+    """`base` with the loss in its forward; it keeps its name, which transformers writes into saved configurations."""
+    own = inspect.signature(base.forward)
+
+    def forward(self: Any, *args: Any, objective: Objective | None = None, token_logps: bool = False, **kwargs: Any):
+        if objective is None and not token_logps:
+            given = [name for name in LOSS_ARGUMENTS if kwargs.get(name) is not None and name not in own.parameters]
+            if given:
+                raise ValueError(f"{', '.join(given)} belong to a loss: pass objective or token_logps=True as well")
+            return base.forward(self, *args, **kwargs)
+        # parameters[0] is self
+        return _loss_forward(self, objective, token_logps, kwargs | dict(zip(list(own.parameters)[1:], args)))
+
+    # transformers reads the names of the arguments off the signature: what to keep of a batch, what generate may pass
+    ours = ("objective", "token_logps", *LOSS_ARGUMENTS)
+    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in ours]
+    named = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    rest = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
+    added = [parameter for parameter in added if parameter.name not in own.parameters]
+    forward.__signature__ = inspect.Signature([*named, *added, rest])  # type: ignore[attr-defined]
+    forward.__doc__ = f"The forward of {base.__name__}; with `objective` or `token_logps` a loss: see `simnpo.attach`."
+    members = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (AttachedModel, base), {**members, "forward": forward})
+
+
+def _attach_head(lm: Any) -> nn.Module:
+    """The head, able to take a loss; at every call, for resize_token_embeddings and PEFT put another in its place."""
+    layer, head = output_layer(lm), lm.get_output_embeddings()
+    # with modules_to_save there are two: the copy that is trained and, for a disabled adapter, the original
+    for module in head.modules():
+        # exactly nn.Linear: `output_layer` has refused everything that multiplies in another way
+        if type(module) is nn.Linear:
+            module.__class__ = AttachedHead
+    if not isinstance(layer, AttachedHead):
+        raise UserError(
+            f"model: the output head has become a {type(layer).__name__} since the model was made: call simnpo.attach "
+            "before the model is sharded or wrapped"
+        )
+    return head
+
+
+def _loss_forward(lm: Any, objective: Objective | None, token_logps: bool, inputs: dict[str, Any]) -> Any:
+    """The body on the model's own arguments, then the loss inside the head's forward."""
+    if objective is not None and token_logps:
+        raise ValueError("objective and token_logps=True ask for two different results: pass one of them")
+    for name, reason in REFUSED.items():
+        if inputs.pop(name, None) is not None:
+            raise ValueError(f"{name} has no meaning in a loss without logits: {reason}")
+    options = {name: inputs.pop(name) for name in LOSS_ARGUMENTS if inputs.get(name) is not None}
+    allowed = TOKEN_LOGPS_ARGUMENTS if token_logps else LOSS_ARGUMENTS
+    extra = [name for name in options if name not in (*allowed, "shift_labels")]
+    if extra:
+        raise ValueError(f"token_logps=True returns log-probabilities, which have no {', '.join(extra)}")
+    targets = _targets(lm, inputs, options)
+    ref_logps = options.get("ref_logps")
+    if isinstance(ref_logps, Sequence):
+        options["ref_logps"] = torch.tensor(ref_logps, device=targets.device)
+    elif ref_logps is not None and ref_logps.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"ref_logps came in {ref_logps.dtype}, too coarse for the log-probability of a sequence; a mixed-precision "
+            "wrapper casts tensors: pass a list of floats, which it leaves alone"
+        )
+
+    output = _run_body(lm, inputs)
+    packed = options.get("cu_seqlens") is not None
+    hidden = output.last_hidden_state
+    if packed:
+        if inputs.get("position_ids") is None or len(hidden) != 1 or not _keeps_apart(lm):
+            raise ValueError(
+                "cu_seqlens marks the sequences of one packed row, (1, N), whose position_ids restart with each, and "
+                f"needs a model that keeps them apart: got rows {tuple(hidden.shape[:2])}, position_ids "
+                f"{'given' if inputs.get('position_ids') is not None else 'missing'}; or pad the sequences instead"
+            )
+        hidden, targets = hidden[0], targets[0]
+    scale, softcap = logit_transform(lm)
+    options |= {"logit_scale": scale, "logit_softcap": softcap}
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+        if objective is not None:
+            return linear_unlearn_loss(hidden, weight, targets, objective, bias=bias, **options)
+        options.pop("cu_seqlens", None)
+        logps = linear_logps(hidden, weight, targets, bias=bias, **options)
+        return logps.unsqueeze(0) if packed else logps
+
+    result = _attach_head(lm)(hidden, loss=loss)
+    return _with_router_loss(lm, result, output, inputs) if objective is not None else result
+
+
+def _run_body(lm: Any, inputs: dict[str, Any]) -> Any:
+    body: Any = body_of(lm)
+    inputs |= {"use_cache": False, "return_dict": True}
+    if _balances_experts(lm, inputs):
+        inputs["output_router_logits"] = True
+    output = body(**inputs)
+    if getattr(output, "last_hidden_state", None) is None:
+        raise UserError(
+            f"model: {type(body).__name__} returned a {type(output).__name__} without last_hidden_state: a model whose "
+            "body follows transformers' return_dict=True is needed"
+        )
+    return output
+
+
+def _targets(lm: Any, inputs: dict[str, Any], options: dict[str, Any]) -> Tensor:
+    """The labels shifted once, (B, T); the last position of a sequence, which predicts nothing, is ignored."""
+    labels, shifted = inputs.pop("labels", None), options.pop("shift_labels", None)
+    if (labels is None) == (shifted is None):
+        raise ValueError("a loss needs either labels, unshifted as Hugging Face has them, or shift_labels")
+    if shifted is not None:
+        return shifted
+    input_ids = inputs.get("input_ids")
+    if input_ids is not None and not getattr(lm, "_labels_were_checked", False):
+        _refuse_shifted(labels, input_ids)
+        lm._labels_were_checked = True
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    if options.get("cu_seqlens") is not None:
+        last = options["cu_seqlens"][1:].to(targets.device, torch.int64) - 1
+        targets[0, last[last >= 0]] = IGNORE_INDEX
+    return targets
+
+
+def _refuse_shifted(labels: Tensor, input_ids: Tensor) -> None:
+    """Looks at the first batch only: the answer costs a wait for the device."""
+    if labels.shape != input_ids.shape:
+        raise ValueError(f"labels must be {tuple(input_ids.shape)} like input_ids, got {tuple(labels.shape)}")
+    counted = labels != IGNORE_INDEX
+    as_they_are = (labels == input_ids) | ~counted
+    shifted = (labels[:, :-1] == input_ids[:, 1:]) | ~counted[:, :-1]
+    if not as_they_are.all() and shifted.all():
+        raise ValueError(
+            "labels look shifted already: each is the token after its own position. Pass them as shift_labels, or "
+            "pass labels as Hugging Face has them: a copy of input_ids with -100 where ignored"
+        )
+
+
+def _keeps_apart(lm: Any) -> bool:
+    """Whether packed sequences do not see each other, measured once for each way of computing attention."""
+    attention = lm.config._attn_implementation
+    known = lm.__dict__.setdefault("_keeps_sequences_apart", {})
+    if attention not in known:
+        was_training = lm.training
+        lm.eval()
+        known[attention] = keeps_sequences_apart(lm)
+        lm.train(was_training)
+    return known[attention]
+
+
+def _balances_experts(lm: Any, inputs: dict[str, Any]) -> bool:
+    asked = inputs.pop("output_router_logits", None)
+    return bool(getattr(lm.config.get_text_config(), "output_router_logits", False) if asked is None else asked)
+
+
+def _with_router_loss(lm: Any, result: UnlearnLoss, output: Any, inputs: dict[str, Any]) -> UnlearnLoss:
+    """Adds the load-balancing loss of a mixture of experts where the body was asked for its router logits."""
+    if not inputs.get("output_router_logits"):
+        return result
+    balance = getattr(sys.modules[type(lm).__module__], "load_balancing_loss_func", None)
+    if balance is None or not hasattr(lm, "router_aux_loss_coef"):
+        raise UserError(
+            f"model: how {type(lm).__name__} balances its experts is not known here: set "
+            "model.config.output_router_logits = False to train without that loss"
+        )
+    mask = inputs.get("attention_mask")
+    auxiliary = balance(output.router_logits, lm.num_experts, lm.num_experts_per_tok, mask)
+    return result._replace(loss=result.loss + lm.router_aux_loss_coef * auxiliary.to(result.loss))
