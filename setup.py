@@ -35,6 +35,8 @@ setup(
         "triton": ["triton>=3.4; sys_platform == 'linux'"],
         "flash": ["flash-attn>=2.6"],
         "gguf": ["gguf>=0.10"],
+        # benchmarks straight from the Hugging Face hub
+        "hub": ["datasets>=3"],
         "test": [
             "pytest>=8",
             "pytest-benchmark>=5",

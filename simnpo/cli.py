@@ -12,6 +12,7 @@ from simnpo.errors import RunError, UserError
 COMMANDS = {
     "unlearn": "make a model forget one file of examples and keep another",
     "demo": "do that to a small model that comes with pip, in minutes",
+    "evaluate": "score a model on TOFU, MUSE, WMDP or MMLU",
     "bench": "time the loss beside everybody else's on this machine",
 }
 
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments, options = parser.parse_known_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
-        return {"unlearn": unlearn, "demo": demo, "bench": bench}[arguments.command](options)
+        return {"unlearn": unlearn, "demo": demo, "evaluate": evaluate, "bench": bench}[arguments.command](options)
     except (UserError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -66,6 +67,10 @@ def unlearn(options: list[str]) -> int:
 
 def demo(options: list[str]) -> int:
     return importlib.import_module("simnpo.demo").main(options)
+
+
+def evaluate(options: list[str]) -> int:
+    return importlib.import_module("simnpo.evaluation.command").main(options)
 
 
 def bench(options: list[str]) -> int:

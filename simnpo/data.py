@@ -75,7 +75,7 @@ def load_examples(path: str | Path, tokenizer: Any, max_length: int) -> list[Exa
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     examples, cut = [], []
-    for where, row in _rows(path):
+    for where, row in read_rows(path):
         example = encode(row, tokenizer, where, max_length)
         examples.append(example)
         if len(example.input_ids) == max_length:
@@ -88,7 +88,7 @@ def load_examples(path: str | Path, tokenizer: Any, max_length: int) -> list[Exa
     return examples
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """("name:line", row) of each line that is not blank."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):

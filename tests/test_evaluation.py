@@ -9,7 +9,8 @@ import torch
 from conftest import make_model, make_tokenizer
 
 from simnpo.data import encode
-from simnpo.evaluation import evaluate, greedy_answers
+from simnpo.evaluation.examples import evaluate
+from simnpo.evaluation.generation import greedy_answers
 from simnpo.model import add_lora
 
 ROWS = [

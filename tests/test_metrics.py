@@ -5,7 +5,21 @@ import math
 import numpy as np
 import pytest
 
-from simnpo.metrics import forget_quality, model_utility, rouge_l_recall, truth_ratio
+from simnpo.metrics import (
+    exact_memorization,
+    extraction_strength,
+    forget_quality,
+    membership_auc,
+    min_k,
+    model_utility,
+    privacy_leak,
+    probability_among_options,
+    rouge_l_f1,
+    rouge_l_recall,
+    truth_ratio,
+    truth_ratio_correctness,
+    truth_ratio_similarity,
+)
 
 
 def test_truth_ratio_is_geometric_and_not_upside_down():
@@ -72,3 +86,66 @@ def test_rouge_l_recall():
 def test_rouge_l_recall_counts():
     with pytest.raises(ValueError, match="as many as references, 1, got 2"):
         rouge_l_recall(["a"], ["a", "b"])
+
+
+def test_rouge_l_f1_has_no_stemming():
+    # "capitals" is not "capital": 5 of 6 words, and of 7 in the answer
+    f1 = rouge_l_f1(["The capital of France is Paris."], ["The capitals of France is just Paris"])
+    assert f1 == pytest.approx([2 * (5 / 6) * (5 / 7) / (5 / 6 + 5 / 7)])
+
+
+def test_truth_ratios_of_a_set():
+    assert truth_ratio_similarity([0.5, 2.0, 1.0, 0.0]) == pytest.approx((0.5 + 0.5 + 1 + 0) / 4)
+    assert truth_ratio_correctness([0.5, 2.0, 1.0, 0.0]) == pytest.approx((0.5 + 0 + 0 + 1) / 4)
+
+
+def test_probability_among_options():
+    # 0.5 / (0.5 + 0.25 + 0.25), and one right answer so improbable that its probability is 0 as a float
+    among = probability_among_options([math.log(2), 2000.0], [[math.log(4), math.log(4)], [2000.0, 2001.0]])
+    assert among == pytest.approx([0.5, 1 / (2 + math.exp(-1))])
+    assert probability_among_options([2000.0], [[1.0]]) == pytest.approx([0.0])
+    with pytest.raises(ValueError, match=r"got \(1,\) and \(1,\)"):
+        probability_among_options([1.0], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("hits", "strength", "memorised"),
+    [
+        ([1, 1, 1, 1], 1.0, 1.0),
+        ([0, 0, 0, 0], 0.0, 0.0),
+        ([1, 0, 1, 1], 0.5, 0.75),
+        ([1, 1, 1, 0], 0.0, 0.75),
+        ([0, 1, 1, 1], 0.75, 0.75),
+    ],
+)
+def test_what_greedy_decoding_gets_back(hits, strength, memorised):
+    assert extraction_strength(hits) == strength
+    assert exact_memorization(hits) == memorised
+
+
+def test_nothing_to_get_back():
+    for metric in (extraction_strength, exact_memorization):
+        with pytest.raises(ValueError, match=r"is_greedy must be \(n,\) with n at least 1, got \(0,\)"):
+            metric([])
+
+
+def test_min_k():
+    logps = [-1.0, -5.0, -3.0, -2.0, -4.0]
+    assert min_k(logps) == -4.5  # two of five
+    assert min_k(logps, share=0.1) == -5.0  # at least one
+    assert min_k(logps, share=1.0) == -3.0
+    with pytest.raises(ValueError, match="at least 1"):
+        min_k([])
+
+
+def test_membership_and_leakage():
+    assert membership_auc([-1, -2], [-3, -4]) == 0.0  # all of the forget set looks familiar
+    assert membership_auc([-3, -4], [-1, -2]) == 1.0
+    assert membership_auc([-1, -3], [-2, -3]) == pytest.approx((0 + 1 + 0 + 0.5) / 4)
+    # MUSE News: AUC .4772 of the retrained model; fully memorised, and no better than guessing
+    assert privacy_leak(0.0, 0.4772) == -100
+    assert privacy_leak(0.5, 0.4772) == pytest.approx(4.778, abs=1e-3)
+    with pytest.raises(ValueError, match="auc_retrained is 0"):
+        privacy_leak(0.5, 0.0)
+    with pytest.raises(ValueError, match=r"holdout must be \(n,\) with n at least 1, got \(0,\)"):
+        membership_auc([1.0], [])

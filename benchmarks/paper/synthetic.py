@@ -110,9 +110,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="one thread each (default: every core)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/paper"))
     options = parser.parse_args(argv)
+    # before the run: the commit that ran
+    facts = environment(torch.device("cpu"), torch.float32, "python -m simnpo.benchmarks.paper.synthetic")
     runs = run_all(options.seeds, Size(), options.processes)
     options.output.mkdir(parents=True, exist_ok=True)
-    facts = environment(torch.device("cpu"), torch.float32, "python -m simnpo.benchmarks.paper.synthetic")
     facts["threads"] = f"1 in each of {options.processes} processes"
     lines = [json.dumps(run, default=float) for run in _rounded(runs)]
     text = f'{{"facts": {json.dumps(facts)},\n"runs": [\n' + ",\n".join(lines) + "\n]}\n"

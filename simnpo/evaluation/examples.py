@@ -1,4 +1,4 @@
-"""What a model still knows: the probability it gives the reference answers, and the answers it gives by itself."""
+"""Scores of a set of examples for a run's report: the probability of the reference answers, and the answers given."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
 from simnpo.batch import collate
 from simnpo.data import Example
+from simnpo.evaluation.generation import greedy_answers
 from simnpo.kernels.linear_logps import linear_logps
 from simnpo.metrics import rouge_l_recall
-from simnpo.model import causal_lm, hidden_states, output_head
+from simnpo.model import hidden_states, output_head
 
 
 @dataclass(frozen=True)
@@ -112,43 +112,6 @@ def _nlls(model: nn.Module, tokenizer: Any, examples: Sequence[Example]) -> Tens
     per_token_logps = linear_logps(hidden_states(model, batch), head.weight, batch.targets, **head.options())
     num_tokens = torch.tensor(batch.num_targets, device=per_token_logps.device)
     return -per_token_logps.sum(-1) / num_tokens
-
-
-def greedy_answers(
-    model: nn.Module, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int | None = None
-) -> list[str]:
-    """What the model answers to each prompt when it always takes the most probable token.
-
-    Args:
-        examples: each with a prompt; they make one batch, padded on the left.
-        max_new_tokens: of an answer; None: twice the longest reference.
-    """
-    device, pad = _device(model), tokenizer.pad_token_id
-    width = max(len(example.prompt_ids) for example in examples)
-    ids = [[pad] * (width - len(example.prompt_ids)) + example.prompt_ids for example in examples]
-    mask = [[0] * (width - len(example.prompt_ids)) + [1] * len(example.prompt_ids) for example in examples]
-    lm: Any = causal_lm(model)
-    own = lm.generation_config
-    # `generate` fills in what its argument leaves open from the model's own configuration, sampling included
-    lm.generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens or 2 * max(example.num_targets for example in examples),
-        do_sample=False,
-        pad_token_id=pad,
-        eos_token_id=sorted({*_listed(own.eos_token_id), *_listed(tokenizer.eos_token_id)}),
-    )
-    try:
-        output = lm.generate(
-            input_ids=torch.tensor(ids, device=device),  # (B, T)
-            attention_mask=torch.tensor(mask, device=device),
-        )
-    finally:
-        lm.generation_config = own
-    texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-    return [text.strip() for text in texts]
-
-
-def _listed(ids: int | list[int] | None) -> list[int]:
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def _device(model: nn.Module) -> torch.device:

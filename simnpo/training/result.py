@@ -12,7 +12,7 @@ from peft import PeftModel
 from rich.console import Console
 
 import simnpo
-from simnpo import evaluation
+import simnpo.evaluation.examples as evaluation
 from simnpo.training.disk import whole_folder, write_json
 from simnpo.training.log import Clock, peak_memory_mib
 from simnpo.training.step import autocast

@@ -1,0 +1,130 @@
+"""`simnpo evaluate`: a benchmark's scores of a model, and of a retrained one to compare with."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+from simnpo.cli import COMMANDS
+from simnpo.errors import UserError
+
+BENCHMARKS = ("tofu", "muse", "wmdp", "mmlu")
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("simnpo evaluate", description=COMMANDS["evaluate"])
+    parser.add_argument("--model", required=True, help="Hugging Face id, folder or .gguf file")
+    parser.add_argument("--benchmark", required=True, choices=BENCHMARKS)
+    parser.add_argument("--output", required=True, help="folder for results.json, results.md and answers.jsonl")
+    parser.add_argument("--data", help="tofu, muse: folder with the benchmark's files; tofu: or its id on the hub")
+    parser.add_argument("--split", default="forget01", help="tofu: the forget set (default: forget01)")
+    parser.add_argument(
+        "--retain-model", help="model that never saw the forget set, or results.json of its own evaluation"
+    )
+    parser.add_argument("--max-examples", type=int, help="of each set, the first (default: all)")
+    add_model_options(parser)
+    return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """How to run a model that is examined."""
+    parser.add_argument("--batch-size", type=int, default=32, help="sequences of one forward at most (default: 32)")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens of a sequence (default: 512)")
+    parser.add_argument("--max-new-tokens", type=int, help="of an answer (default: the benchmark's)")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of weights and arithmetic")
+    parser.add_argument("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
+
+
+def check_numbers(arguments: argparse.Namespace, *names: str) -> None:
+    """Raises `UserError` where one of the named options is given and below 1."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}")
+
+
+def main(options: list[str]) -> int:
+    """Runs the command; returns the exit status."""
+    arguments = parser().parse_args(options)
+    check_numbers(arguments, "batch_size", "max_length", "max_new_tokens", "max_examples")
+    if arguments.benchmark in ("tofu", "muse") and arguments.data is None:
+        raise UserError(f"--benchmark {arguments.benchmark} needs --data: the folder with its files")
+
+    # brings torch and transformers: after whatever can be refused without them
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    evaluate = {"tofu": tofu}[arguments.benchmark]
+    page = evaluate(arguments)
+    console = Console()
+    # a pipe says nothing of its width, and tables would be squeezed
+    (console if console.is_terminal else Console(width=160)).print(Markdown(page))
+    print(f"results: {Path(arguments.output) / 'results.json'}")
+    return 0
+
+
+def settings_of(arguments: argparse.Namespace, max_new_tokens: int) -> dict[str, Any]:
+    """What decides the numbers beside model and data."""
+    names = ("precision", "max_length", "max_examples")
+    chosen = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
+    return chosen | {"max_new_tokens": max_new_tokens}
+
+
+def load(arguments: argparse.Namespace, name: str) -> Any:
+    from simnpo.evaluation.subject import load_subject
+
+    return load_subject(
+        name, precision=arguments.precision, cpu=arguments.cpu, batch_size=arguments.batch_size, show_progress=True
+    )
+
+
+def tofu(arguments: argparse.Namespace) -> str:
+    """Evaluates on TOFU, writes the results and returns their page."""
+    from simnpo.evaluation.measures import measure
+    from simnpo.evaluation.results import open_folder, versions, write_results
+    from simnpo.evaluation.tofu import (
+        MAX_NEW_TOKENS,
+        RETRAINED_SETS,
+        WRITTEN_SETS,
+        answer_rows,
+        read_tofu,
+        retrained_from_measures,
+        retrained_from_results,
+        tofu_page,
+        tofu_results,
+    )
+    from simnpo.model import load_tokenizer
+
+    def read(name: str) -> Any:
+        limits = arguments.max_length, arguments.max_examples
+        return read_tofu(arguments.data, arguments.split, load_tokenizer(name), *limits)
+
+    found, retrained, compared = read(arguments.model), None, arguments.retain_model
+    if compared is not None and compared.endswith(".json"):
+        retrained = retrained_from_results(Path(compared), arguments.split, len(found.sets["forget"].answers))
+    elif compared is not None:
+        sets = read(compared).sets
+        of_retrained = {name: sets[name] for name in RETRAINED_SETS if name in sets}
+    folder = open_folder(arguments.output)
+
+    room = arguments.max_new_tokens or MAX_NEW_TOKENS
+    measures = measure(load(arguments, arguments.model), found.sets, write=WRITTEN_SETS, max_new_tokens=room)
+    if compared is not None and retrained is None:
+        # the first model is gone by now: there never are two
+        measured = measure(load(arguments, compared), of_retrained, write=(), max_new_tokens=room)
+        retrained = retrained_from_measures(compared, measured)
+    results = {
+        "benchmark": "tofu",
+        "model": arguments.model,
+        "data": arguments.data,
+        "split": arguments.split,
+        "retain_model": compared,
+        "settings": settings_of(arguments, room),
+        "versions": versions(),
+        **tofu_results(measures, found.missing, retrained),
+    }
+    page = tofu_page(results)
+    write_results(folder, results, page, answer_rows(found.sets, measures))
+    return page

@@ -1,0 +1,62 @@
+"""What a model writes by itself when it always takes the most probable token."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from simnpo.data import Example
+from simnpo.model import causal_lm
+
+
+def greedy_answers(
+    model: nn.Module, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int | None = None
+) -> list[str]:
+    """What the model answers to each prompt.
+
+    Args:
+        examples: each with a prompt; they make one batch.
+        max_new_tokens: of an answer; None: twice the longest reference.
+    """
+    room = max_new_tokens or 2 * max(example.num_targets for example in examples)
+    texts = greedy_continuations(model, tokenizer, [example.prompt_ids for example in examples], room)
+    return [text.strip() for text in texts]
+
+
+@torch.no_grad()
+def greedy_continuations(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int
+) -> list[str]:
+    """What the model writes after each prompt, special tokens left out.
+
+    Args:
+        prompts: token ids, none empty; they make one batch, padded on the left.
+        max_new_tokens: of a continuation; it ends before at an end-of-sequence token.
+    """
+    device, pad = next(model.parameters()).device, tokenizer.pad_token_id
+    width = max(map(len, prompts))
+    ids = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    lm: Any = causal_lm(model)
+    own = lm.generation_config
+    # `generate` fills in what its argument leaves open from the model's own configuration, sampling included
+    lm.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=pad,
+        eos_token_id=sorted({*_listed(own.eos_token_id), *_listed(tokenizer.eos_token_id)}),
+    )
+    try:
+        output = lm.generate(
+            input_ids=torch.tensor(ids, device=device),  # (B, T)
+            attention_mask=torch.tensor(mask, device=device),
+        )
+    finally:
+        lm.generation_config = own
+    return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+
+
+def _listed(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)

@@ -1,0 +1,63 @@
+"""Results on the disk: results.json for programs, results.md for people, answers.jsonl with every answer."""
+
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import simnpo
+from simnpo.errors import UserError
+from simnpo.training.disk import write_json, write_text
+
+
+def open_folder(output: str) -> Path:
+    """Makes the folder of the results, before any work.
+
+    Raises:
+        UserError: it is a file.
+    """
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output must be a folder, and {output} is a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def versions() -> dict[str, str]:
+    """Of this package and those that decide the numbers."""
+    names = ("torch", "transformers", "rouge-score", "scipy")
+    return {"simnpo": simnpo.__version__, **{name: importlib.metadata.version(name) for name in names}}
+
+
+def write_results(folder: Path, results: dict[str, Any], page: str, answers: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Writes results.json, results.md and, if there are any, answers.jsonl; each whole or not at all.
+
+    Raises:
+        RunError: the disk is full or not writable.
+    """
+    if answers:
+        lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+        write_text(folder / "answers.jsonl", "".join(lines))
+    write_text(folder / "results.md", page)
+    write_json(folder / "results.json", results)
+
+
+def markdown_table(columns: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+    """Numbers with three digits that count, "-" for None."""
+    rows = [columns, ["---"] * len(columns), *([cell(value) for value in line] for line in lines)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def facts(results: Mapping[str, Any], *names: str) -> str:
+    """A list of what the results were measured on and with."""
+    named = {name: results[name] for name in names if results.get(name) is not None}
+    settings = ", ".join(f"{name} {value}" for name, value in results["settings"].items())
+    listed = {**named, "settings": settings, "versions": ", ".join(f"{k} {v}" for k, v in results["versions"].items())}
+    return "".join(f"* {name.replace('_', ' ')}: {value}\n" for name, value in listed.items())

@@ -1,0 +1,126 @@
+"""The model that is being examined: log-probabilities of what it reads, and what it writes."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+from torch import nn
+
+from simnpo.batch import collate
+from simnpo.data import Example
+from simnpo.evaluation.generation import greedy_continuations
+from simnpo.kernels.linear_target_stats import linear_target_stats
+from simnpo.model import hidden_states, load_model, output_head, verify_head
+from simnpo.training.setup import check_tokens
+
+# padded tokens of one forward, whatever the number of its sequences: long texts would not fit otherwise
+MAX_BATCH_TOKENS = 16_384
+
+
+@dataclass(frozen=True)
+class TargetScores:
+    """The targets of one sequence under one model, in order.
+
+    Attributes:
+        logps: (n,) float64, nats.
+        is_greedy: (n,) bool, whether each is the most probable token after those before it.
+    """
+
+    logps: NDArray[np.float64]
+    is_greedy: NDArray[np.bool_]
+
+    @property
+    def nll(self) -> float:
+        """Per target, nats."""
+        return float(-self.logps.mean())
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, its tokenizer and how to run it.
+
+    Attributes:
+        name: Hugging Face id, folder or file it was loaded from.
+        model: causal language model of transformers, in evaluation mode.
+        tokenizer: its tokenizer, with a pad token.
+        batch_size: sequences of one forward at most.
+        show_progress: a bar on stderr while it works.
+    """
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+    batch_size: int = 32
+    show_progress: bool = False
+
+    @torch.no_grad()
+    def score(self, examples: Sequence[Example], label: str = "scoring") -> list[TargetScores]:
+        """The targets of each example, in one pass over all of them; the vocabulary exists only inside the head's op.
+
+        Raises:
+            UserError: an example has a token the model has no embedding of.
+        """
+        check_tokens(self.model, list(examples))
+        device = next(self.model.parameters()).device
+        head = output_head(self.model)
+        scores: list[TargetScores | None] = [None] * len(examples)
+        for indices in self._batches([len(example.input_ids) for example in examples], label):
+            some = [examples[i] for i in indices]
+            batch = collate(some, packed=False, pad_token_id=self.tokenizer.pad_token_id).to(device)
+            stats = linear_target_stats(hidden_states(self.model, batch), head.weight, batch.targets, **head.options())
+            counted = batch.targets != -100
+            lengths = counted.sum(-1).tolist()
+            logps = stats.logps[counted].double().cpu().split(lengths)
+            is_greedy = stats.is_greedy[counted].cpu().split(lengths)
+            for i, logp, greedy in zip(indices, logps, is_greedy):
+                scores[i] = TargetScores(logp.numpy(), greedy.numpy())
+        return scores  # type: ignore[return-value]
+
+    def answer(self, prompts: Sequence[list[int]], max_new_tokens: int, label: str = "answering") -> list[str]:
+        """What the model writes after each prompt, token ids in and text out, greedily."""
+        texts = [""] * len(prompts)
+        for indices in self._batches([len(prompt) + max_new_tokens for prompt in prompts], label):
+            some = [prompts[i] for i in indices]
+            written = greedy_continuations(self.model, self.tokenizer, some, max_new_tokens)
+            for i, text in zip(indices, written):
+                texts[i] = text
+        return texts
+
+    def _batches(self, lengths: Sequence[int], label: str) -> Iterator[list[int]]:
+        """Indices of sequences of about the same length, the longest first: too little memory shows at once."""
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        batches: list[list[int]] = []
+        for i in order:
+            fits = batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= MAX_BATCH_TOKENS
+            if fits and len(batches[-1]) < self.batch_size:
+                batches[-1].append(i)
+            else:
+                batches.append([i])
+        hidden = not (self.show_progress and batches)
+        yield from track(batches, f"{label} {len(lengths)}", console=Console(stderr=True), disable=hidden)
+
+
+def load_subject(
+    name_or_path: str,
+    *,
+    precision: Literal["bf16", "fp32"] = "bf16",
+    cpu: bool = False,
+    batch_size: int = 32,
+    show_progress: bool = True,
+) -> Subject:
+    """Loads a model to examine, onto the GPU if there is one.
+
+    Raises:
+        UserError: it cannot be loaded, or its head is none the fused operations know.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    model, tokenizer = load_model(name_or_path, dtype=dtype)
+    device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+    model = model.to(device).eval()  # type: ignore[arg-type]
+    verify_head(model)
+    return Subject(name_or_path, model, tokenizer, batch_size, show_progress)

@@ -1,0 +1,72 @@
+"""The paper's synthetic experiment: its data against the definition, and a smaller case of its claim."""
+
+import pytest
+import torch
+
+from simnpo.benchmarks.paper.chains import LEAK, OWN_STATES, STATES, chain, kl_to_truth
+from simnpo.benchmarks.paper.experiment import PARTS, Size, make_data, training_rows
+from simnpo.benchmarks.paper.synthetic import comparison, draw, markdown, retain_kl_when_forgotten, unlearn_both_ways
+
+SMALL = Size(sequences=4000, epochs=8, batch_size=64, hidden=48, blocks=2, unlearn_steps=40, test_sequences=48)
+
+
+@pytest.mark.parametrize("name", OWN_STATES)
+def test_a_chain_stays_among_its_states(name):
+    truth, own = chain(name), list(OWN_STATES[name])
+    assert torch.allclose(truth.transitions.sum(1), torch.ones(STATES))
+    assert torch.allclose(truth.initial[own].sum(), torch.tensor(1 - LEAK))
+    assert torch.equal(truth.transitions[own[0]], truth.initial)
+    assert torch.allclose(truth.transitions[9], torch.full((STATES,), 0.1))
+    sequences = truth.sample(4000, 5, torch.Generator().manual_seed(0))
+    assert sequences.shape == (4000, 5)
+    # two standard errors of 4000 draws are 0.013
+    assert torch.isin(sequences[:, 0], torch.tensor(own)).float().mean().item() == pytest.approx(1 - LEAK, abs=0.02)
+    followed = sequences[:, 1][sequences[:, 0] == own[1]]
+    assert (followed == own[2]).float().mean().item() == pytest.approx((1 - LEAK) / 3, abs=0.05)
+
+
+def test_kl_is_zero_for_the_truth_alone():
+    truth = chain("forget1")
+    sequences = truth.sample(50, 6, torch.Generator().manual_seed(0))
+    exact = truth.transitions[sequences[:, :-1]].log()
+    assert kl_to_truth(exact, sequences, truth) == pytest.approx(0, abs=1e-6)
+    # a model that knows nothing, at one state of the chain's own: log 10 less the entropy
+    own = torch.full((1, 2), OWN_STATES["forget1"][0])
+    entropy = -(truth.initial * truth.initial.log()).sum()
+    assert kl_to_truth(torch.zeros(1, 1, STATES), own, truth) == pytest.approx(
+        float(torch.tensor(10.0).log() - entropy)
+    )
+
+
+def test_short_sequences_are_padded_and_not_trained_on():
+    data = make_data(PARTS["lengths"], SMALL, torch.Generator().manual_seed(0))
+    inputs, targets = training_rows(data.train, ("forget1", "forget2"))
+    assert inputs.shape == targets.shape == (1600, 19)
+    assert (targets[:800] != -100).all()
+    assert (targets[800:] != -100).sum(1).tolist() == [4] * 800
+    assert torch.equal(inputs[800:, 1:4], targets[800:, :3])
+
+
+def test_the_level_is_met_between_two_steps():
+    curve = [{"forget1": x, "retain": y} for x, y in ((0.1, 0.0), (0.3, 0.1), (0.5, 0.3), (0.2, 0.9), (0.6, 0.9))]
+    assert retain_kl_when_forgotten(curve, "forget1", 0.4) == pytest.approx(0.2)
+    assert retain_kl_when_forgotten(curve, "forget1", 0.7) is None
+    assert retain_kl_when_forgotten(curve[2:3], "forget1", 0.4) is None
+
+
+@pytest.mark.slow
+def test_simnpo_forgets_at_less_cost(tmp_path):
+    """The claim on a model a quarter as wide and a fifth of the data: one seed of each part, and two of the first."""
+    runs = []
+    for name, seed in (("lengths", 0), ("lengths", 1), ("memorisation", 0)):
+        curves = unlearn_both_ways(name, seed, SMALL)
+        runs.append({"part": name, "seed": seed, "curves": curves, "retrained": curves["SimNPO"][-1]})
+    for name, least in (("lengths", 1.5), ("memorisation", 1.1)):
+        found = comparison([run for run in runs if run["part"] == name], PARTS[name].decided_on)
+        assert found["reached"] == found["seeds"]
+        assert found["lower"] == found["seeds"]
+        assert found["ratio"] > least
+    page = markdown(runs, {"command": "this test"})
+    assert page.count("**forget") == 2
+    draw(runs, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
