@@ -81,6 +81,7 @@ def launches() -> Iterator[Launch]:
     yield from chunk_launches("bf16", torch.bfloat16, ODD_V, LogitTransform())
     # autocast: products in bf16, a bias and hidden states that stayed float32
     yield from chunk_launches("bf16 autocast", torch.bfloat16, ALIGNED_V, LogitTransform(empty(ALIGNED_V), 1.0, 30.0))
+    yield from wide_logits_launches("fp32 to bf16", torch.bfloat16, ALIGNED_V)
     rows = empty(N, dtype=torch.int64)
     x, out = empty(N, D, dtype=torch.bfloat16), empty(N, D)
     yield Launch("bf16 to fp32 index", 2, False, lambda: scale_rows(x, empty(N), out, rows))
@@ -106,6 +107,20 @@ def chunk_launches(name: str, dtype: torch.dtype, V: int, transform: LogitTransf
     for what, call in calls.items():
         disassemble = plain and what in (" write", " slab", " energy")
         yield Launch(flags + what, dtype.itemsize, disassemble, call)
+
+
+def wide_logits_launches(name: str, dtype: torch.dtype, V: int) -> Iterator[Launch]:
+    """Logits kept in float32, with their gradient beside them in the dtype of the products."""
+    logits, kept = empty(N, V), empty(N, 256, dtype=dtype)
+    targets, columns = empty(N, dtype=torch.int64), empty(256, dtype=torch.int64)
+    stats, dz, plain = RowStats(*[empty(N)] * 4), empty(N, V, dtype=dtype), LogitTransform()
+    yield Launch(f"{name} V={V} slab", dtype.itemsize, False, lambda: row_gradient(logits, targets, *stats, plain, dz))
+    yield Launch(
+        f"{name} V={V} columns",
+        dtype.itemsize,
+        False,
+        lambda: row_gradient(logits, targets, *stats, plain, kept, columns=columns),
+    )
 
 
 def logits_in_launches(name: str, dtype: torch.dtype, V: int) -> Iterator[Launch]:
