@@ -29,10 +29,15 @@ def check_head(
     """Shapes, dtypes and devices of what every operation on hidden states takes."""
     if hidden_states.dim() not in (2, 3):
         raise ValueError(f"hidden_states must be (B, T, D), or packed (N, D), got {tuple(hidden_states.shape)}")
+    if weight.numel() == 0:
+        raise ValueError(
+            f"lm_head_weight is empty, {tuple(weight.shape)}: DeepSpeed ZeRO-3 leaves a weight so outside its module's "
+            "forward. Compute the loss inside it with simnpo.attach(model); a frozen head may also be gathered around "
+            "the call, deepspeed.zero.GatheredParameters([lm_head_weight])"
+        )
     if weight.dim() != 2 or weight.shape[1] != hidden_states.shape[-1]:
         raise ValueError(
             f"lm_head_weight must be (V, {hidden_states.shape[-1]}) to match hidden_states, got {tuple(weight.shape)}"
-            + ("; outside its module a sharded weight is empty: gather it first" if weight.numel() == 0 else "")
         )
     if not weight.is_floating_point():
         raise ValueError(f"lm_head_weight must be floating point, got {weight.dtype}: dequantise the head first")

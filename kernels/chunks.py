@@ -82,12 +82,16 @@ def even_chunks(N: int, chunk_tokens: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, N)) for start in range(0, N, size)]
 
 
-def aligned_spans(lengths: list[int], is_retain: list[bool], chunk_tokens: int) -> tuple[list[int], list[Span]]:
+def aligned_spans(
+    lengths: list[int], is_retain: list[bool], chunk_tokens: int, own_lengths: list[int] | None = None
+) -> tuple[list[int], list[Span]]:
     """Pack whole sequences into chunks, longest first into the first chunk with room.
 
     Args:
         lengths: (B,) tokens that count in each sequence; empty sequences are left out of the plan.
         is_retain: (B,) whose weight is known beforehand.
+        own_lengths: (B,) at most `lengths`: the tokens that are here of sequences spread over ranks, which plan the
+            same spans from the same lengths. None: all of them are here.
 
     Returns:
         order: the sequences of the plan, as they follow each other in its rows.
@@ -106,14 +110,15 @@ def aligned_spans(lengths: list[int], is_retain: list[bool], chunk_tokens: int) 
         bins[k].append(b)
         room[k] -= lengths[b]
 
+    own_lengths = lengths if own_lengths is None else own_lengths
     order: list[int] = []
     spans: list[Span] = []
     row = 0
     # a late weight comes first: the first such sequence may use dW itself while it is still empty
     for group in [*([b] for b in long_forget), *bins, *([b] for b in long_retain)]:
-        tokens = sum(lengths[b] for b in group)
+        tokens = sum(own_lengths[b] for b in group)
         pieces = [(row + start, row + stop) for start, stop in even_chunks(tokens, chunk_tokens)]
-        late = len(pieces) > 1 and not is_retain[group[0]]
+        late = lengths[group[0]] > chunk_tokens and not is_retain[group[0]]
         spans.append(Span(pieces, (len(order), len(order) + len(group)), late))
         order += group
         row += tokens

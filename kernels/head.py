@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from simnpo.kernels.passes import Passes
 
 
@@ -51,7 +53,10 @@ class RowStats(NamedTuple):
 
 
 class HeadOptions(NamedTuple):
-    """What does not change from chunk to chunk; dtype is that of the products' operands."""
+    """What does not change from chunk to chunk; dtype is that of the products' operands.
+
+    vocab_group: the ranks that hold the rest of the vocabulary; None: it is all here.
+    """
 
     transform: LogitTransform
     dtype: torch.dtype
@@ -59,6 +64,7 @@ class HeadOptions(NamedTuple):
     chunk_tokens: int
     gradient_error: float
     passes: Passes
+    vocab_group: ProcessGroup | None = None
 
 
 def gradient_buffer(chunk: Tensor, options: HeadOptions) -> Tensor:

@@ -14,6 +14,8 @@ Dimension key, here and in the test:
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,11 @@ from simnpo.kernels.head import (
     product_dtype,
 )
 from simnpo.kernels.head_gradients import HeadGradients
+from simnpo.kernels.parallel import PartialSums, local_head, share_vocab, shared_row_stats
 from simnpo.kernels.passes import passes_for
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def head_chunk(
@@ -40,13 +46,18 @@ def head_chunk(
     """One chunk through the head: x (n, D), targets (n,) -> (n, V) and the tokens' stats.
 
     The (n, V) tensor is h W^T, a view of `buffer` (in options.logits_dtype); with write_gradient it is
-    d logps / d (h W^T), written over it where the dtypes allow.
+    d logps / d (h W^T), written over it where the dtypes allow. With a vocab_group it has this rank's columns; the
+    stats are of all columns.
     """
     chunk = logits_into(x, weight, buffer[: len(x)])
     passes, transform = options.passes, options.transform
-    target_logits = transform.at(targets, passes.indexed_dot(x, weight, targets))
-    in_place = write_gradient and chunk.dtype == options.dtype
-    stats = RowStats(target_logits, *passes.row_pass(chunk, targets, target_logits, transform, write_gradient=in_place))
+    in_place = write_gradient and chunk.dtype == options.dtype and options.vocab_group is None
+    if options.vocab_group is None:
+        target_logits = transform.at(targets, passes.indexed_dot(x, weight, targets))
+        row_pass = passes.row_pass(chunk, targets, target_logits, transform, write_gradient=in_place)
+        stats = RowStats(target_logits, *row_pass)
+    else:
+        stats = shared_row_stats(x, weight, chunk, targets, options)
     if write_gradient and not in_place:
         logits, chunk = chunk, gradient_buffer(chunk, options)
         passes.row_gradient(logits, targets, *stats, transform, chunk)
@@ -63,6 +74,7 @@ def _linear_logps_fwd(
     jacobian_dtype = torch.float32 if options.dtype == torch.float16 else options.dtype
     jacobian = weight.new_empty(N if keep_jacobian else 0, weight.shape[1], dtype=jacobian_dtype)
     buffer = weight.new_empty(min(N, options.chunk_tokens), weight.shape[0], dtype=options.logits_dtype)
+    partial_sums = PartialSums(options.vocab_group)
     for start, stop in even_chunks(N, options.chunk_tokens):
         chunk_rows = rows[start:stop]
         x = hidden_states[chunk_rows].to(options.dtype)
@@ -73,6 +85,8 @@ def _linear_logps_fwd(
             jacobian[start:stop] = (
                 mm_float32(chunk, weight) if jacobian_dtype != options.dtype else torch.mm(chunk, weight)
             )
+            partial_sums.add(jacobian[start:stop])
+    partial_sums.wait()
     return stats, jacobian
 
 
@@ -106,6 +120,9 @@ def _linear_logps_bwd(
             dweight[columns] = gradients.dweight(weight_dtype)
         if dbias is not None:
             dbias[columns] = gradients.dbias(dbias.dtype)
+    partial_sums = PartialSums(options.vocab_group)
+    partial_sums.add(dx)
+    partial_sums.wait()
     return dx, dweight, dbias
 
 
@@ -153,6 +170,7 @@ def linear_logps(
     hidden_states: Tensor, lm_head_weight: Tensor, targets: Tensor, *, bias: Tensor | None = None,
     logit_scale: float = 1.0, logit_softcap: float | None = None, gradient_error: float = 0.0,
     logits_dtype: torch.dtype | None = None, chunk_tokens: int | None = None, impl: Impl = "auto",
+    vocab_group: ProcessGroup | None = None,
 ) -> Tensor:  # fmt: skip
     """Log-probability of each target, without materialising the logits.
 
@@ -161,7 +179,8 @@ def linear_logps(
 
     Args:
         hidden_states: (B, T, D), or packed (N, D); float16, bfloat16, float32 or float64.
-        lm_head_weight: (V, D), same dtype; under torch.autocast both are cast as `F.linear` would.
+        lm_head_weight: (V, D), same dtype; under torch.autocast both are cast as `F.linear` would. A DTensor may be
+            replicated, or sharded over its vocabulary.
         targets: (B, T) or (N,) int64 in [0, V), already shifted, -100 where ignored.
         bias: (V,) or None.
         logit_scale, logit_softcap: logits = c tanh(scale * (h W^T + bias) / c), without the tanh for None.
@@ -171,6 +190,10 @@ def linear_logps(
             times their memory; None: the dtype of the products.
         chunk_tokens: rows of logits alive at once; None chooses by memory.
         impl: "auto", "triton" or "torch".
+        vocab_group: the ranks that share the head, each with some of its rows (any number of them, in the order
+            of the ranks), the same rows of the bias, and the same hidden_states and targets. All get the
+            log-probabilities and the gradient of hidden_states over the whole vocabulary; the gradients of weight and
+            bias are of the rank's own rows.
 
     Returns:
         per_token_logps: (B, T) or (N,) float32 (float64 for float64 input), nats; 0 where the target is ignored.
@@ -178,11 +201,10 @@ def linear_logps(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, a target is outside [0, V), or impl cannot run here.
     """
+    lm_head_weight, bias, vocab_group = local_head(lm_head_weight, bias, vocab_group)
     check_head(hidden_states, lm_head_weight, targets, bias, logit_scale, logit_softcap)
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
     flat_targets = targets.reshape(-1)
-    bounds = torch.tensor([0, len(flat_targets)], device=targets.device)
-    layout = read_layout(flat_targets, bounds, None, lm_head_weight.shape[0])
     needs = needs_gradient(hidden_states, lm_head_weight, bias)
     trained = any(needs[1:])
     if gradient_error and needs[0] and not trained:
@@ -194,6 +216,11 @@ def linear_logps(
         hidden_states, lm_head_weight, bias, logit_scale, logit_softcap, gradient_error,
         logits_dtype, chunk_tokens, impl, head_is_trained=trained,
     )  # fmt: skip
+    options, V, first = share_vocab(vocab_group, options, lm_head_weight, flat_targets, needs)
+    bounds = torch.tensor([0, len(flat_targets)], device=targets.device)
+    layout = read_layout(flat_targets, bounds, None, V)
+    if first:
+        flat_targets = flat_targets - first
     with torch.autocast(hidden_states.device.type, enabled=False):
         logps = _LinearLogps.apply(flat, lm_head_weight, bias, flat_targets, layout.rows, options, needs)
     return logps.view(targets.shape)

@@ -18,7 +18,7 @@ Dimension key, here and in the test:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,9 +30,13 @@ from simnpo.kernels.chunks import Span, aligned_spans, even_chunks
 from simnpo.kernels.head import HeadOptions
 from simnpo.kernels.head_gradients import HeadGradients
 from simnpo.kernels.linear_logps import head_chunk, head_options, needs_gradient
+from simnpo.kernels.parallel import PartialSums, SplitSequences, local_head, share_vocab, split_sequences
 from simnpo.kernels.passes import Passes
-from simnpo.kernels.sequence_pass import SequenceResults
+from simnpo.kernels.sequence_pass import SequenceResults, sequence_pass_torch
 from simnpo.objectives import Objective
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class UnlearnLoss(NamedTuple):
@@ -67,6 +71,7 @@ class SequencePlan(NamedTuple):
     coefs: (N,) d loss / d logp: of retain tokens from the start, of forget tokens from the sequence pass on.
     num_forget, num_retain_tokens: what the two means divide by.
     forget_scale: forget_coef over num_forget.
+    sequence_group: the ranks that the tokens of every sequence are spread over; num_tokens counts on all of them.
     """
 
     rows: Tensor
@@ -81,50 +86,57 @@ class SequencePlan(NamedTuple):
     forget_scale: float
     spans: list[Span]
     objective: Objective
+    sequence_group: ProcessGroup | None = None
 
     def reduce(self, span: Span, token_logps: Tensor, results: SequenceResults, passes: Passes) -> None:
         """Run the sequence pass over the sequences that end with this span."""
         first, last = span.sequences
-        passes.sequence_pass(
+        arguments = (
             token_logps, self.coefs, self.offsets[first : last + 1], self.sequences[first:last], self.is_retain,
             results, self.objective, self.ref_logps, self.forget_scale,
         )  # fmt: skip
+        if self.sequence_group is None:
+            passes.sequence_pass(*arguments)
+        else:
+            sequence_pass_torch(*arguments, group=self.sequence_group, num_tokens=self.num_tokens)
 
 
 def make_plan(
     layout: Layout, objective: Objective, ref_logps: Tensor | None, forget_coef: float, retain_coef: float,
     dtype: torch.dtype, chunk_tokens: int, *, aligned: bool, num_forget: int | None, num_retain_tokens: int | None,
+    split: SplitSequences | None = None,
 ) -> SequencePlan:  # fmt: skip
     """Order the sequences for the schedule: aligned to chunks, or as they come in one span cut anywhere."""
     rows, lengths, is_retain = layout
     device, B = rows.device, len(lengths)
+    counts, longest = (lengths, lengths) if split is None else (split.num_tokens, split.longest)
     if aligned:
-        order, spans = aligned_spans(lengths, is_retain, chunk_tokens)
+        order, spans = aligned_spans(longest, is_retain, chunk_tokens, lengths)
     else:
-        order = [b for b in range(B) if lengths[b]]
+        order = [b for b in range(B) if counts[b]]
         spans = [Span(even_chunks(len(rows), chunk_tokens), (0, len(order)), weight_known_late=True)]
 
     def on_device(values: list) -> Tensor:
         return torch.tensor(values, device=device)
 
-    num_tokens, retain = on_device(lengths), on_device(is_retain)
+    own_tokens, num_tokens, retain = on_device(lengths), on_device(counts), on_device(is_retain)
     sequences = torch.tensor(order, dtype=torch.int64, device=device)
-    offsets = torch.nn.functional.pad(num_tokens[sequences].cumsum(0), (1, 0))
+    offsets = torch.nn.functional.pad(own_tokens[sequences].cumsum(0), (1, 0))
     if order != sorted(order):
-        starts = num_tokens.cumsum(0) - num_tokens
+        starts = own_tokens.cumsum(0) - own_tokens
         shift = starts[sequences] - offsets[:-1]
-        shift = shift.repeat_interleave(num_tokens[sequences], output_size=len(rows))
+        shift = shift.repeat_interleave(own_tokens[sequences], output_size=len(rows))
         rows = rows[shift + torch.arange(len(rows), device=device)]
     if num_retain_tokens is None:
-        num_retain_tokens = max(sum(n for n, known in zip(lengths, is_retain, strict=True) if known), 1)
+        num_retain_tokens = max(sum(n for n, known in zip(counts, is_retain, strict=True) if known), 1)
     if num_forget is None:
         num_forget = max(B - sum(is_retain), 1)
     coefs = torch.zeros(B, dtype=dtype, device=device).masked_fill_(retain, -retain_coef / num_retain_tokens)
-    coefs = coefs[sequences].repeat_interleave(num_tokens[sequences], output_size=len(rows))
+    coefs = coefs[sequences].repeat_interleave(own_tokens[sequences], output_size=len(rows))
     ref_logps = None if ref_logps is None else ref_logps.to(device, dtype)
     return SequencePlan(
         rows, offsets, sequences, num_tokens, retain, ref_logps, coefs, num_forget, num_retain_tokens,
-        forget_coef / num_forget, spans, objective,
+        forget_coef / num_forget, spans, objective, None if split is None else split.group,
     )  # fmt: skip
 
 
@@ -141,6 +153,7 @@ def _linear_unlearn_loss_fwd(
     gradients = HeadGradients(dx, weight, needs, len(pieces), options)
     most_rows = max((stop - start for start, stop in pieces), default=0)
     buffer = weight.new_empty(most_rows, weight.shape[0], dtype=options.logits_dtype)
+    partial_dx = PartialSums(options.vocab_group)
 
     for span in plan.spans:
         # while the weight is not known, sums of its own
@@ -156,9 +169,15 @@ def _linear_unlearn_loss_fwd(
                 plan.reduce(span, token_logps, results, options.passes)
             if any(needs):
                 sums.add(rows, x, tokens, chunk, stats, None if span.weight_known_late else plan.coefs[rows])
+                partial_dx.add(None if dx is None else dx[rows])
+        if not span.pieces and span.sequences[0] < span.sequences[1]:
+            # of sequences spread over ranks none of the tokens are here: the other ranks wait for this one's nothing
+            plan.reduce(span, token_logps, results, options.passes)
         if span.weight_known_late and any(needs) and span.pieces:
+            partial_dx.wait()
             rows = slice(span.pieces[0][0], span.pieces[-1][1])
             gradients.absorb(sums, rows, plan.coefs[rows])
+    partial_dx.wait()
     return results, gradients
 
 
@@ -210,12 +229,14 @@ def linear_unlearn_loss(
     num_retain_tokens: int | None = None, bias: Tensor | None = None, logit_scale: float = 1.0,
     logit_softcap: float | None = None, gradient_error: float = 0.0,
     logits_dtype: torch.dtype | None = None, chunk_tokens: int | None = None, impl: Impl = "auto",
+    vocab_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None,
 ) -> UnlearnLoss:  # fmt: skip
     """An unlearning loss of a batch of forget and retain sequences, without materialising the logits.
 
     Args:
         hidden_states: (B, T, D), one sequence a row; or packed (N, D) with cu_seqlens.
-        lm_head_weight: (V, D), same dtype; under torch.autocast both are cast as `F.linear` would.
+        lm_head_weight: (V, D), same dtype; under torch.autocast both are cast as `F.linear` would. A DTensor may be
+            replicated, or sharded over its vocabulary.
         targets: (B, T) or (N,) int64 in [0, V), already shifted, -100 where ignored.
         objective: `SimNPO`, `NPO` or `GradAscent`.
         cu_seqlens: (B + 1,) integers, bounds of the packed sequences.
@@ -232,6 +253,11 @@ def linear_unlearn_loss(
             times their memory; None: the dtype of the products.
         chunk_tokens: rows of logits alive at once; None chooses by memory (`chunks.default_chunk_tokens`).
         impl: "auto", "triton" or "torch".
+        vocab_group: the ranks that share the head (tensor parallel): see `linear_logps`.
+        sequence_group: the ranks that share every sequence (context parallel), each with a slice of its tokens:
+            the same B sequences in the same order, some of them perhaps without a token here. All get the same losses
+            and the logps and num_tokens of whole sequences; the gradient of hidden_states is of the rank's own tokens,
+            and those of weight and bias are to be added up over the ranks.
 
     Returns:
         UnlearnLoss. A sequence without tokens has loss and gradient 0 and still counts in the mean.
@@ -239,11 +265,11 @@ def linear_unlearn_loss(
     Raises:
         ValueError: an argument does not fit the others, a target is outside [0, V), ref_logps is missing for NPO.
     """
+    lm_head_weight, bias, vocab_group = local_head(lm_head_weight, bias, vocab_group, sequence_group)
     check_head(hidden_states, lm_head_weight, targets, bias, logit_scale, logit_softcap)
     bounds = sequence_bounds(targets, cu_seqlens)
     check_sequences(len(bounds) - 1, retain_mask, ref_logps, objective, num_forget, num_retain_tokens)
     flat, flat_targets = hidden_states.reshape(-1, hidden_states.shape[-1]), targets.reshape(-1)
-    layout = read_layout(flat_targets, bounds, retain_mask, lm_head_weight.shape[0])
     needs = needs_gradient(hidden_states, lm_head_weight, bias)
     # a budget wants the weights too, so that sequences without weight claim no columns
     aligned = needs[1] or needs[2] or gradient_error > 0
@@ -251,11 +277,16 @@ def linear_unlearn_loss(
         hidden_states, lm_head_weight, bias, logit_scale, logit_softcap, gradient_error,
         logits_dtype, chunk_tokens, impl, head_is_trained=needs[1] or needs[2],
     )  # fmt: skip
+    options, V, first = share_vocab(vocab_group, options, lm_head_weight, flat_targets, needs)
+    layout = read_layout(flat_targets, bounds, retain_mask, V)
+    options, split = split_sequences(sequence_group, options, layout, needs)
+    if first:
+        flat_targets = flat_targets - first
     dtype = torch.float64 if options.dtype == torch.float64 else torch.float32
     with torch.autocast(hidden_states.device.type, enabled=False):
         plan = make_plan(
             layout, objective, ref_logps, forget_coef, retain_coef, dtype, options.chunk_tokens, aligned=aligned,
-            num_forget=num_forget, num_retain_tokens=num_retain_tokens,
+            num_forget=num_forget, num_retain_tokens=num_retain_tokens, split=split,
         )  # fmt: skip
         return UnlearnLoss(
             *_LinearUnlearnLoss.apply(

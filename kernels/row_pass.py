@@ -228,16 +228,21 @@ def row_pass_torch(
         # a row whose only entry is the target has no largest other: keep exp(-inf - largest) = 0 and not NaN
         rest_largest = p.amax(1, keepdim=True).nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=0.0)
         rest_total = p.sub_(rest_largest).exp_().sum(1, keepdim=True)
-        logp = -torch.logaddexp((rest_largest - target_logit) + rest_total.log(), torch.zeros_like(target_logit))
-        # the target joins the sum
-        row_largest = torch.maximum(rest_largest, target_logit)
-        rest_scale = torch.exp(rest_largest - row_largest)
-        row_total = rest_total * rest_scale + torch.exp(target_logit - row_largest)
+        logp, row_largest, row_total = join_target(rest_largest, rest_total, target_logit)
         logps[block], largest[block], total[block] = logp[:, 0], row_largest[:, 0], row_total[:, 0]
         if write_gradient:
+            rest_scale = torch.exp(rest_largest - row_largest)
             dlogits = p.mul_(-rest_scale / row_total).scatter_(1, target, -torch.expm1(logp))
             logits[source] = _through_transform(dlogits, slope, transform).to(logits.dtype)
     return logps, largest, total
+
+
+def join_target(rest_largest: Tensor, rest_total: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """logps, largest and total of rows, from the largest and the total of the others and the target's own logit."""
+    logp = -torch.logaddexp((rest_largest - target_logit) + rest_total.log(), torch.zeros_like(target_logit))
+    largest = torch.maximum(rest_largest, target_logit)
+    total = rest_total * torch.exp(rest_largest - largest) + torch.exp(target_logit - largest)
+    return logp, largest, total
 
 
 def row_gradient_torch(

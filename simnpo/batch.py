@@ -1,6 +1,7 @@
 """Which examples a step sees, and the tensors they become.
 
-Sampling is a pure function of (seed, step, rank): there is no state to save, and every rank knows what the others draw.
+Sampling is a pure function of (seed, step): there is no state to save, every rank knows what the others see, and the
+sequences of a step are the same on any number of ranks.
 """
 
 from collections.abc import Sequence
@@ -116,10 +117,10 @@ def _pad(rows: list[list[int]], value: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Draws the examples of a step.
+    """Draws the examples of a step and deals them out to the ranks.
 
-    Forget examples go through shuffled epochs, one after another without a break, and are dealt out to the ranks.
-    Retain examples are drawn at random, anew in every step and on every rank, whatever the forget examples are.
+    Forget examples go through shuffled epochs, one after another without a break. Retain examples are drawn at random,
+    anew in every step, whatever the forget examples are.
     """
 
     forget: Sequence[Example]
@@ -134,17 +135,20 @@ class Sampler:
         num_forget = len(self.forget)
         positions = range(step * self.batch_size + rank, (step + 1) * self.batch_size, self.world_size)
         forget = [self.forget[_order(self.seed, p // num_forget, num_forget)[p % num_forget]] for p in positions]
-        count = len(range(rank, self.retain_batch_size, self.world_size))
-        if not count:
-            return forget, []
-        rng = random_stream(self.seed, RETAIN_DRAW, step, rank)
-        drawn = rng.choice(len(self.retain), size=count, replace=count > len(self.retain))
-        return forget, [self.retain[i] for i in drawn]
+        # from the other end: the rank with a forget example more gets no retain example more
+        return forget, self._retain(step)[self.world_size - 1 - rank :: self.world_size]
 
     def totals(self, step: int) -> tuple[int, int]:
         """Forget sequences and retain targets of a step, over all ranks: what its two means divide by."""
-        retained = [example for rank in range(self.world_size) for example in self.step(step, rank)[1]]
-        return self.batch_size, sum(example.num_targets for example in retained)
+        return self.batch_size, sum(example.num_targets for example in self._retain(step))
+
+    def _retain(self, step: int) -> list[Example]:
+        """The retain examples of a step, over all ranks."""
+        count = self.retain_batch_size
+        if not count:
+            return []
+        rng = random_stream(self.seed, RETAIN_DRAW, step)
+        return [self.retain[i] for i in rng.choice(len(self.retain), size=count, replace=count > len(self.retain))]
 
 
 @lru_cache(maxsize=4)

@@ -65,14 +65,15 @@ def test_an_epoch_sees_every_forget_example_once_in_a_new_order():
     assert first != second
 
 
-def test_ranks_share_out_the_forget_batch_and_draw_their_own_retain_examples():
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_a_step_sees_the_same_sequences_on_any_number_of_ranks(world_size):
     for step in range(3):
-        alone, ranks = sampler().step(step, 0), [sampler(2).step(step, rank) for rank in range(2)]
-        assert sorted(ids(ranks[0][0]) + ids(ranks[1][0])) == sorted(ids(alone[0]))
-        assert ids(ranks[0][1]) != ids(ranks[1][1])
-        assert len(ranks[0][1]) == len(ranks[1][1]) == 3
-        tokens = sum(example.num_targets for rank in ranks for example in rank[1])
-        assert sampler(2).totals(step) == (4, tokens)
+        alone, ranks = sampler().step(step, 0), [sampler(world_size).step(step, rank) for rank in range(world_size)]
+        for kind in (0, 1):
+            shares = [ids(rank[kind]) for rank in ranks]
+            assert sorted(i for share in shares for i in share) == sorted(ids(alone[kind]))
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        assert sampler(world_size).totals(step) == (4, sum(example.num_targets for example in alone[1]))
 
 
 def test_retain_draws_are_not_tied_to_the_forget_examples():

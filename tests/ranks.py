@@ -1,0 +1,55 @@
+"""Checks that run on several processes: one spawn for all of them, as starting a process costs more than a check."""
+
+import json
+import os
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+Check = Callable[[], None]
+PASSED = "passed"
+
+
+def run_on_ranks(world: int, checks: Sequence[Check], folder: Path) -> dict[str, str]:
+    """Runs the checks, in order, on `world` gloo processes.
+
+    Returns:
+        by name of the check: PASSED, or what went wrong on the ranks where it did. After a failure the ranks are no
+        longer in step, and the checks that follow are "not reached".
+    """
+    mp.spawn(_rank, (world, list(checks), folder), nprocs=world)
+    ranks = [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(world)]
+    outcomes = {}
+    for check in checks:
+        found = [rank.get(check.__name__, "not reached") for rank in ranks]
+        wrong = [f"rank {i}: {what}" for i, what in enumerate(found) if what != PASSED]
+        outcomes[check.__name__] = "\n".join(wrong) or PASSED
+    return outcomes
+
+
+def _rank(rank: int, world: int, checks: list[Check], folder: Path) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    options = {"init_method": f"file://{folder}/meeting-point", "timeout": timedelta(seconds=60)}
+    dist.init_process_group("gloo", rank=rank, world_size=world, **options)
+    outcomes = {}
+    for check in checks:
+        try:
+            check()
+            outcomes[check.__name__] = PASSED
+        except BaseException:
+            outcomes[check.__name__] = traceback.format_exc()
+            break
+    (folder / f"{rank}.json").write_text(json.dumps(outcomes), encoding="utf-8")
+    if len(outcomes) == len(checks) and outcomes[checks[-1].__name__] == PASSED:
+        dist.destroy_process_group()
+
+
+def shard(tensor: torch.Tensor, sizes: Sequence[int], dim: int = 0, rank: int | None = None) -> torch.Tensor:
+    """This rank's part of a tensor cut into parts of these sizes."""
+    return tensor.split(list(sizes), dim)[dist.get_rank() if rank is None else rank]
