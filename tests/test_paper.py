@@ -56,11 +56,11 @@ def test_the_level_is_met_between_two_steps():
 
 @pytest.mark.slow
 def test_simnpo_forgets_at_less_cost(tmp_path):
-    """The claim on a model a quarter as wide and a fifth of the data: one seed of each part, and two of the first."""
+    """The claim on a narrower model and a fifth of the data, one seed of each part."""
     runs = []
-    for name, seed in (("lengths", 0), ("lengths", 1), ("memorisation", 0)):
-        curves = unlearn_both_ways(name, seed, SMALL)
-        runs.append({"part": name, "seed": seed, "curves": curves, "retrained": curves["SimNPO"][-1]})
+    for name in PARTS:
+        curves = unlearn_both_ways(name, 0, SMALL)
+        runs.append({"part": name, "seed": 0, "curves": curves, "retrained": curves["SimNPO"][-1]})
     for name, least in (("lengths", 1.5), ("memorisation", 1.1)):
         found = comparison([run for run in runs if run["part"] == name], PARTS[name].decided_on)
         assert found["reached"] == found["seeds"]

@@ -128,7 +128,7 @@ def _rounded(value: Any) -> Any:
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_rounded(item) for item in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
 NOTES = """\
@@ -197,7 +197,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
             _draw_curves(axes, mine, forget)
             axes.set_title(f"{PARTS[name].title}: {forget}", fontsize=10)
     grid[0, 0].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=72)
 
 
 def _draw_curves(axes: Any, runs: list[dict[str, Any]], forget: str) -> None:
