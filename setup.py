@@ -35,6 +35,8 @@ setup(
         "triton": ["triton>=3.4; sys_platform == 'linux'"],
         "flash": ["flash-attn>=2.6"],
         "gguf": ["gguf>=0.10"],
+        # WMDP and MMLU
+        "harness": ["lm-eval>=0.4.9"],
         # benchmarks straight from the Hugging Face hub
         "hub": ["datasets>=3"],
         "test": [

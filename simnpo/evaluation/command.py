@@ -19,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--benchmark", required=True, choices=BENCHMARKS)
     parser.add_argument("--output", required=True, help="folder for results.json, results.md and answers.jsonl")
     parser.add_argument("--data", help="tofu, muse: folder with the benchmark's files; tofu: or its id on the hub")
-    parser.add_argument("--split", default="forget01", help="tofu: the forget set (default: forget01)")
+    parser.add_argument("--split", help="tofu: the forget set (default: forget01)")
     parser.add_argument(
         "--retain-model", help="model that never saw the forget set, or results.json of its own evaluation"
     )
@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """How to run a model that is examined."""
     parser.add_argument("--batch-size", type=int, default=32, help="sequences of one forward at most (default: 32)")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a sequence (default: 512)")
+    parser.add_argument("--max-length", type=int, help="tokens of a sequence, the rest is cut (default: 512)")
     parser.add_argument("--max-new-tokens", type=int, help="of an answer (default: the benchmark's)")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of weights and arithmetic")
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
@@ -56,7 +56,7 @@ def main(options: list[str]) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    evaluate = {"tofu": tofu}[arguments.benchmark]
+    evaluate = {"tofu": tofu, "muse": muse, "wmdp": harness, "mmlu": harness}[arguments.benchmark]
     page = evaluate(arguments)
     console = Console()
     # a pipe says nothing of its width, and tables would be squeezed
@@ -65,11 +65,18 @@ def main(options: list[str]) -> int:
     return 0
 
 
-def settings_of(arguments: argparse.Namespace, max_new_tokens: int) -> dict[str, Any]:
+def refuse_options(arguments: argparse.Namespace, *names: str) -> None:
+    """Raises `UserError` where an option was given that this benchmark would ignore."""
+    for name in names:
+        if getattr(arguments, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} has no meaning for --benchmark {arguments.benchmark}: leave it out")
+
+
+def settings_of(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """What decides the numbers beside model and data."""
-    names = ("precision", "max_length", "max_examples")
-    chosen = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
-    return chosen | {"max_new_tokens": max_new_tokens}
+    chosen = {"precision": arguments.precision, "max_examples": arguments.max_examples, **more}
+    return {name: value for name, value in chosen.items() if value is not None}
 
 
 def load(arguments: argparse.Namespace, name: str) -> Any:
@@ -85,6 +92,7 @@ def tofu(arguments: argparse.Namespace) -> str:
     from simnpo.evaluation.measures import measure
     from simnpo.evaluation.results import open_folder, versions, write_results
     from simnpo.evaluation.tofu import (
+        MAX_LENGTH,
         MAX_NEW_TOKENS,
         RETRAINED_SETS,
         WRITTEN_SETS,
@@ -97,13 +105,14 @@ def tofu(arguments: argparse.Namespace) -> str:
     )
     from simnpo.model import load_tokenizer
 
+    split, max_length = arguments.split or "forget01", arguments.max_length or MAX_LENGTH
+
     def read(name: str) -> Any:
-        limits = arguments.max_length, arguments.max_examples
-        return read_tofu(arguments.data, arguments.split, load_tokenizer(name), *limits)
+        return read_tofu(arguments.data, split, load_tokenizer(name), max_length, arguments.max_examples)
 
     found, retrained, compared = read(arguments.model), None, arguments.retain_model
     if compared is not None and compared.endswith(".json"):
-        retrained = retrained_from_results(Path(compared), arguments.split, len(found.sets["forget"].answers))
+        retrained = retrained_from_results(Path(compared), split, len(found.sets["forget"].answers))
     elif compared is not None:
         sets = read(compared).sets
         of_retrained = {name: sets[name] for name in RETRAINED_SETS if name in sets}
@@ -119,12 +128,74 @@ def tofu(arguments: argparse.Namespace) -> str:
         "benchmark": "tofu",
         "model": arguments.model,
         "data": arguments.data,
-        "split": arguments.split,
+        "split": split,
         "retain_model": compared,
-        "settings": settings_of(arguments, room),
+        "settings": settings_of(arguments, max_new_tokens=room, max_length=max_length),
         "versions": versions(),
         **tofu_results(measures, found.missing, retrained),
     }
     page = tofu_page(results)
     write_results(folder, results, page, answer_rows(found.sets, measures))
+    return page
+
+
+def muse(arguments: argparse.Namespace) -> str:
+    """Evaluates on MUSE, writes the results and returns their page."""
+    from simnpo.evaluation.muse import (
+        Retrained,
+        measure_muse,
+        muse_page,
+        muse_results,
+        read_muse,
+        retrained_from_results,
+    )
+    from simnpo.evaluation.results import open_folder, versions, write_results
+
+    refuse_options(arguments, "max_new_tokens", "split", "max_length")
+    found, retrained, compared = read_muse(arguments.data, arguments.max_examples), None, arguments.retain_model
+    if compared is not None and compared.endswith(".json"):
+        retrained = retrained_from_results(Path(compared))
+    folder = open_folder(arguments.output)
+    scores, min_k, written = measure_muse(load(arguments, arguments.model), found)
+    if compared is not None and retrained is None:
+        retrained = Retrained(compared, measure_muse(load(arguments, compared), found)[0])
+    results = {
+        "benchmark": "muse",
+        "model": arguments.model,
+        "data": arguments.data,
+        "retain_model": compared,
+        "settings": settings_of(arguments),
+        "versions": versions(),
+        **muse_results(scores, found.missing, retrained),
+        "per_question": {"min_k": min_k},
+    }
+    page = muse_page(results)
+    write_results(folder, results, page, [one._asdict() for one in written])
+    return page
+
+
+def harness(arguments: argparse.Namespace) -> str:
+    """Runs WMDP or MMLU in lm-evaluation-harness, writes the results and returns their page."""
+    from simnpo.evaluation.harness import harness_page, require_harness, run_harness
+    from simnpo.evaluation.results import open_folder, versions, write_results
+
+    refuse_options(arguments, "max_new_tokens", "split", "max_length", "data", "retain_model")
+    require_harness()
+    folder = open_folder(arguments.output)
+    results = {
+        "benchmark": arguments.benchmark,
+        "model": arguments.model,
+        "settings": settings_of(arguments),
+        "versions": versions("lm-eval"),
+        "scores": run_harness(
+            arguments.model,
+            arguments.benchmark,
+            precision=arguments.precision,
+            cpu=arguments.cpu,
+            batch_size=arguments.batch_size,
+            max_examples=arguments.max_examples,
+        ),
+    }
+    page = harness_page(results)
+    write_results(folder, results, page)
     return page

@@ -24,9 +24,9 @@ def open_folder(output: str) -> Path:
     return folder
 
 
-def versions() -> dict[str, str]:
+def versions(*more: str) -> dict[str, str]:
     """Of this package and those that decide the numbers."""
-    names = ("torch", "transformers", "rouge-score", "scipy")
+    names = ("torch", "transformers", "rouge-score", "scipy", *more)
     return {"simnpo": simnpo.__version__, **{name: importlib.metadata.version(name) for name in names}}
 
 

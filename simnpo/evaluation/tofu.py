@@ -27,7 +27,7 @@ OPTION_SETS = ("real_authors", "world_facts")
 UTILITY_MEASURES = ("probability", "rouge_l_recall", "truth_ratio")
 WRITTEN_SETS = ("forget", *UTILITY_SETS)
 RETRAINED_SETS = ("forget", "holdout")  # what a retrained model is asked
-MAX_NEW_TOKENS = 200
+MAX_NEW_TOKENS, MAX_LENGTH = 200, 512
 
 
 class Tofu(NamedTuple):
