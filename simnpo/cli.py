@@ -13,6 +13,7 @@ COMMANDS = {
     "unlearn": "make a model forget one file of examples and keep another",
     "demo": "do that to a small model that comes with pip, in minutes",
     "evaluate": "score a model on TOFU, MUSE, WMDP or MMLU",
+    "sweep": "unlearn with many settings and score each on TOFU",
     "bench": "time the loss beside everybody else's on this machine",
 }
 
@@ -28,7 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments, options = parser.parse_known_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
-        return {"unlearn": unlearn, "demo": demo, "evaluate": evaluate, "bench": bench}[arguments.command](options)
+        return {"unlearn": unlearn, "demo": demo, "evaluate": evaluate, "sweep": sweep, "bench": bench}[
+            arguments.command
+        ](options)
     except (UserError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -71,6 +74,10 @@ def demo(options: list[str]) -> int:
 
 def evaluate(options: list[str]) -> int:
     return importlib.import_module("simnpo.evaluation.command").main(options)
+
+
+def sweep(options: list[str]) -> int:
+    return importlib.import_module("simnpo.sweep.command").main(options)
 
 
 def bench(options: list[str]) -> int:

@@ -1,0 +1,96 @@
+"""SmolLM2-135M on TOFU's forget01, on a CPU: learn, learn without, unlearn in many ways, compare.
+
+python -m simnpo.benchmarks.tofu.experiment --data TOFU --output tofu-forget01
+
+It is a reduced TOFU: of the 3960 answers to retain the model learns `--retain`, among them those that the retain set is
+scored on, and every set is scored on its first `--max-examples` questions. What has its results is not run again.
+
+    learn forget + retain  ->  full       learn retain  ->  retrained
+    full -> sweep over settings, one seed -> the best setting of each method, three seeds
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from simnpo.benchmarks.tofu.finetune import finetune
+from simnpo.data import read_rows
+from simnpo.demo import model_file
+from simnpo.errors import UserError
+from simnpo.sweep import command as sweep
+from simnpo.training.disk import write_json, write_text
+
+LEARNING = {"epochs": 6, "batch_size": 8, "peak_rate": 1e-4}
+# the same for every method; the published TOFU runs have 10 epochs at 1e-5 of a model 50 times as large
+UNLEARNING = ["--epochs", "5", "--batch_size", "8", "--learning_rate", "3e-5", "--save_steps", "0"]
+GRIDS = (
+    "method=simnpo beta=1.0,2.5,4.5 retain_coef=1.0 seed=0",
+    "method=npo beta=0.05,0.1,0.5 retain_coef=1.0 seed=0",
+    "method=ga forget_coef=0.02,0.1 retain_coef=1.0 seed=0",
+)
+SEEDS = (0, 1, 2)
+EVALUATED = ("forget01", "forget01_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
+
+
+def reduced_data(source: Path, folder: Path, num_retain: int, num_scored: int) -> None:
+    """Copies the evaluation files and writes retain.jsonl: the questions scored, then others.
+
+    Raises:
+        UserError: a file is missing in `source`; names it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (*EVALUATED, "retain99"):
+        if not (source / f"{name}.jsonl").is_file():
+            raise UserError(f"data: {source} has no {name}.jsonl; TOFU's files are at hf.co/datasets/locuslab/TOFU")
+    for name in EVALUATED:
+        shutil.copyfile(source / f"{name}.jsonl", folder / f"{name}.jsonl")
+    scored = [row for _, row in read_rows(source / "retain_perturbed.jsonl")][:num_scored]
+    asked = {row["question"] for row in scored}
+    others = [row for _, row in read_rows(source / "retain99.jsonl") if row["question"] not in asked]
+    rows = [{key: row[key] for key in ("question", "answer")} for row in [*scored, *others][:num_retain]]
+    write_text(folder / "retain.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("simnpo.benchmarks.tofu.experiment", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", required=True, type=Path, help="folder with TOFU's files")
+    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--model", help="default: the SmolLM2-135M-Instruct that `simnpo demo` uses")
+    parser.add_argument("--retain", type=int, default=160, help="answers to keep (default: 160 of 3960)")
+    parser.add_argument("--max-examples", type=int, default=40, help="questions scored of each set (default: 40)")
+    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--grids", nargs="+", default=GRIDS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    options = parser.parse_args()
+    output: Path = options.output
+    data = output / "data"
+    reduced_data(options.data, data, options.retain, options.max_examples)
+    learned = {"full": ["forget01", "retain"], "retrained": ["retain"]}
+    for name, files in learned.items():
+        if not (output / name).exists():
+            paths = [data / f"{file}.jsonl" for file in files]
+            finetune(options.model or str(model_file()), paths, output / name, seed=0, **LEARNING)
+
+    common = ["--model", str(output / "full"), "--data", str(data), "--retain-model", str(output / "retrained")]
+    common += ["--max-examples", str(options.max_examples), "--max-new-tokens", str(options.max_new_tokens)]
+    common += ["--retain", str(data / "retain.jsonl"), *UNLEARNING]
+
+    def run_sweep(grids: list[str], name: str) -> dict[str, Any]:
+        tried = [word for grid in grids for word in ("--try", grid)]
+        sweep.main([*common, "--output", str(output / "trials"), *tried])
+        for suffix in ("md", "json", "png"):
+            shutil.copyfile(output / "trials" / f"sweep.{suffix}", output / f"{name}.{suffix}")
+        return json.loads((output / f"{name}.json").read_text(encoding="utf-8"))
+
+    tried = run_sweep(list(options.grids), "sweep")
+    seeds = ",".join(map(str, options.seeds))
+    run_sweep([f"{setting} seed={seeds}" for setting in tried["best"].values()], "seeds")
+    write_json(output / "settings.json", {"learning": LEARNING, "unlearning": UNLEARNING, "seeds": list(options.seeds)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Runs over a grid of settings, each scored on TOFU, in one table and one plot."""
