@@ -28,12 +28,14 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from simnpo.kernels.column_pass import column_pass
-from simnpo.kernels.head import LogitTransform, RowStats
+from simnpo.kernels.head import LogitTransform, RowReductions, RowStats
 from simnpo.kernels.indexed_dot import indexed_dot
+from simnpo.kernels.mixed_gradient import mixed_gradient
 from simnpo.kernels.row_pass import row_gradient, row_pass
 from simnpo.kernels.scale_rows import scale_rows
 from simnpo.kernels.sequence_pass import SequenceResults, sequence_pass
 from simnpo.objectives import NPO, GradAscent, SimNPO
+from simnpo.objectives.rows import Mix
 
 TARGETS = {
     **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100)},
@@ -44,7 +46,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ALIGNED_V, ODD_V = 128_256, 50_257
 N, B, D = 64, 4, 4096
 # a row has at most this many numbers of its own, which are loaded one by one: target, statistics, coefficient
-ROW_NUMBERS = 7
+ROW_NUMBERS = 8
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 RESULT = Path(__file__).parent / "results/compiled.md"
@@ -93,11 +95,14 @@ def chunk_launches(name: str, dtype: torch.dtype, V: int, transform: LogitTransf
     """The kernels that read the fused op's chunk of logits."""
     logits, targets, stats = empty(N, V, dtype=dtype), empty(N, dtype=torch.int64), RowStats(*[empty(N)] * 4)
     kept, columns = empty(N, 4096, dtype=dtype), empty(4096, dtype=torch.int64)
+    reductions, mix = RowReductions.empty(N, stats[0]), Mix(*[empty(N)] * 3)
     has_bias, has_softcap = transform.bias is not None, transform.softcap is not None
     flags = f"{name} V={V}" + " bias" * has_bias + " softcap" * has_softcap
     calls: dict[str, Callable] = {
         " write": lambda: row_pass(logits, targets, stats[0], transform, write_gradient=True),
         "": lambda: row_pass(logits, targets, stats[0], transform, write_gradient=False),
+        " reduce": lambda: row_pass(logits, targets, stats[0], transform, write_gradient=False, reductions=reductions),
+        " mix": lambda: mixed_gradient(logits, targets, stats, reductions, mix, transform, logits),
         " slab": lambda: row_gradient(logits, targets, *stats, transform, logits),
         " columns": lambda: row_gradient(logits, targets, *stats, transform, kept, columns=columns),
         " energy": lambda: column_pass(logits, targets, *stats, transform, None),
@@ -105,7 +110,7 @@ def chunk_launches(name: str, dtype: torch.dtype, V: int, transform: LogitTransf
     }
     plain = not (has_bias or has_softcap) and name != "fp16"
     for what, call in calls.items():
-        disassemble = plain and what in (" write", " slab", " energy")
+        disassemble = plain and what in (" write", " reduce", " slab", " mix", " energy")
         yield Launch(flags + what, dtype.itemsize, disassemble, call)
 
 
@@ -127,9 +132,11 @@ def logits_in_launches(name: str, dtype: torch.dtype, V: int) -> Iterator[Launch
     """The kernels that read some rows of logits which the trainer made."""
     logits, stats, rows = empty(N, V, dtype=dtype), RowStats(*[empty(N)] * 4), empty(N, dtype=torch.int64)
     out, plain, coefs = torch.empty_like(logits), LogitTransform(), empty(N)
+    reductions, mix = RowReductions.empty(N, coefs), Mix(*[coefs] * 3)
     calls: dict[str, Callable] = {
         "": lambda: row_pass(logits, rows, stats[0], plain, write_gradient=False, rows=rows),
         " coefs": lambda: row_gradient(logits, rows, *stats, plain, out, rows=rows, coefs=coefs),
+        " mix": lambda: mixed_gradient(logits, rows, stats, reductions, mix, plain, out, rows=rows),
     }
     for what, call in calls.items():
         yield Launch(f"{name} V={V} rows{what}", dtype.itemsize, False, call)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from simnpo.kernels.backend import IGNORE_INDEX
-from simnpo.objectives import Objective
+from simnpo.objectives import KTO, Objective, RowObjective, TokenObjective
 
 
 class Layout(NamedTuple):
@@ -16,11 +16,13 @@ class Layout(NamedTuple):
 
     rows: (n,) int64, positions of the counted tokens in the flattened batch, in order.
     lengths: (B,) counted tokens of each sequence.   is_retain: (B,).
+    alternates: (B,) place in the batch of each forget sequence's alternate answer, -1 for the others; empty without.
     """
 
     rows: Tensor
     lengths: list[int]
     is_retain: list[bool]
+    alternates: list[int]
 
 
 def check_head(
@@ -69,14 +71,24 @@ def check_targets(values: Tensor, targets: Tensor) -> None:
 
 def check_sequences(
     B: int, retain_mask: Tensor | None, ref_logps: Tensor | None, objective: Objective, num_forget: int | None,
-    num_retain_tokens: int | None,
+    num_retain_tokens: int | None, alternates: Tensor | None,
 ) -> None:  # fmt: skip
     """The per-sequence arguments, and what the means over them divide by."""
     if B == 0:
         raise ValueError("the batch must hold at least one sequence, got none")
+    name = type(objective).__name__
+    if objective.needs_alternates and alternates is None:
+        raise ValueError(
+            f"{name} needs alternates, the (B,) places in the batch of each forget sequence's alternate answer, -1 for "
+            "the others; SimNPO needs none"
+        )
+    if alternates is not None and not objective.needs_alternates:
+        raise ValueError(f"alternates must be None: {name} has no use for alternate answers")
+    if alternates is not None and (alternates.shape != (B,) or alternates.is_floating_point()):
+        raise ValueError(f"alternates must be ({B},) int64, got {tuple(alternates.shape)} {alternates.dtype}")
     if objective.needs_ref_logps and ref_logps is None:
         raise ValueError(
-            f"{type(objective).__name__} needs ref_logps, the (B,) log-probabilities under the reference policy: "
+            f"{name} needs ref_logps, the (B,) log-probabilities under the reference policy: "
             "compute them once with linear_logps before training, or use SimNPO, which needs none"
         )
     for name, tensor in (("retain_mask", retain_mask), ("ref_logps", ref_logps)):
@@ -87,6 +99,50 @@ def check_sequences(
     for name, count in (("num_forget", num_forget), ("num_retain_tokens", num_retain_tokens)):
         if count is not None and (not isinstance(count, int) or count < 1):
             raise ValueError(f"{name} must be a positive integer, or None for this batch's own, got {count!r}")
+
+
+def check_rows(objective: Objective, V: int, shared: bool) -> None:
+    """Whether an objective of whole rows can see them: a vocabulary of V, `shared` by several ranks or not."""
+    if isinstance(objective, RowObjective) and (V < 2 or shared):
+        raise ValueError(
+            f"{type(objective).__name__} needs rows of at least 2 logits, all of them on this rank, got V={V}"
+            + (" shared by a vocab_group: pass the whole lm_head_weight" if shared else "")
+        )
+
+
+def check_tokens(
+    targets: Tensor, objective: Objective, token_weights: Tensor | None, ref_token_logps: Tensor | None
+) -> None:
+    """The per-token arguments."""
+    if isinstance(objective, KTO) and token_weights is not None:
+        raise ValueError("KTO takes no token_weights: its KL is that of whole answers; DPO takes them")
+    needs_ref = isinstance(objective, TokenObjective) and objective.needs_ref_token_logps
+    if needs_ref and ref_token_logps is None:
+        raise ValueError(
+            f"{type(objective).__name__} needs ref_token_logps, the log-probability of each target under the reference "
+            "policy: compute them once with linear_logps before training, or use WGA, which needs none"
+        )
+    for name, tensor in (("token_weights", token_weights), ("ref_token_logps", ref_token_logps)):
+        if tensor is not None and (tensor.shape != targets.shape or not tensor.is_floating_point()):
+            raise ValueError(
+                f"{name} must be {tuple(targets.shape)} floats, one per target, "
+                f"got {tuple(tensor.shape)} {tensor.dtype}"
+            )
+
+
+def check_budget(gradient_error: float, objective: Objective, dtype: torch.dtype) -> None:
+    """Whether the gradient budget fits the objective."""
+    name = type(objective).__name__
+    if gradient_error and isinstance(objective, RowObjective):
+        raise ValueError(
+            f"gradient_error must be 0 with {name}, whose gradient is spread over the whole vocabulary, "
+            f"got {gradient_error}"
+        )
+    if gradient_error and isinstance(objective, TokenObjective) and dtype == torch.float16:
+        raise ValueError(
+            f"gradient_error must be 0 with {name} in float16, which cannot hold the slope of a memorised token, "
+            f"got {gradient_error}: use bfloat16"
+        )
 
 
 def sequence_bounds(targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -105,14 +161,17 @@ def sequence_bounds(targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return cu_seqlens.to(targets.device, torch.int64)
 
 
-def read_layout(targets: Tensor, bounds: Tensor, retain_mask: Tensor | None, V: int) -> Layout:
+def read_layout(
+    targets: Tensor, bounds: Tensor, retain_mask: Tensor | None, V: int, alternates: Tensor | None = None
+) -> Layout:
     """Count the tokens of each sequence and validate the targets: one wait for the device, whatever the batch.
 
     Args:
-        targets: (N,) flattened.   bounds: (B + 1,) int64.   retain_mask: (B,) bool or None.
+        targets: (N,) flattened.   bounds: (B + 1,) int64.   retain_mask: (B,) bool or None.   alternates: (B,) or None.
 
     Raises:
-        ValueError: a target is neither IGNORE_INDEX nor in [0, V); the bounds do not run from 0 to N in order.
+        ValueError: a target is neither IGNORE_INDEX nor in [0, V); the bounds do not run from 0 to N in order; the
+            alternates do not pair the batch.
     """
     N, B = len(targets), len(bounds) - 1
     counted = targets != IGNORE_INDEX
@@ -121,7 +180,8 @@ def read_layout(targets: Tensor, bounds: Tensor, retain_mask: Tensor | None, V: 
     outside = counted & ((targets < 0) | (targets >= V))
     in_order = (bounds.diff() >= 0).all() & (bounds[0] == 0) & (bounds[-1] == N)
     retain = lengths.new_zeros(B) if retain_mask is None else retain_mask.to(lengths)
-    facts = torch.cat([lengths, retain, outside.any()[None].to(lengths), in_order[None].to(lengths)]).tolist()
+    places = lengths.new_empty(0) if alternates is None else alternates.to(lengths)
+    facts = torch.cat([lengths, retain, places, outside.any()[None].to(lengths), in_order[None].to(lengths)]).tolist()
     if not facts[-1]:
         raise ValueError(f"cu_seqlens must rise from 0 to the {N} packed tokens, got {bounds.tolist()}")
     if facts[-2]:
@@ -130,4 +190,19 @@ def read_layout(targets: Tensor, bounds: Tensor, retain_mask: Tensor | None, V: 
             f"targets must be in [0, {V}) or {IGNORE_INDEX}, got {int(targets[where])} at flattened position {where}"
         )
     rows = torch.nonzero_static(counted, size=sum(facts[:B]))[:, 0]
-    return Layout(rows, facts[:B], [bool(retain) for retain in facts[B : 2 * B]])
+    is_retain = [bool(retain) for retain in facts[B : 2 * B]]
+    if alternates is not None:
+        _check_pairs(facts[2 * B : 3 * B], is_retain)
+    return Layout(rows, facts[:B], is_retain, facts[2 * B : -2])
+
+
+def _check_pairs(alternates: list[int], is_retain: list[bool]) -> None:
+    """Every sequence that is not retain must be a forget sequence with an alternate, or the alternate of one."""
+    forget = [b for b, place in enumerate(alternates) if place != -1]
+    taken = sorted(alternates[b] for b in forget)
+    expected = [b for b, retain in enumerate(is_retain) if alternates[b] == -1 and not retain]
+    if taken != expected or any(is_retain[b] for b in forget):
+        raise ValueError(
+            "alternates must give each forget sequence the place of one alternate of its own, neither retain nor "
+            f"forget, and -1 to all the others; got {alternates} with retain_mask {is_retain}"
+        )

@@ -52,6 +52,22 @@ class RowStats(NamedTuple):
     total: Tensor
 
 
+class RowReductions(NamedTuple):
+    """What `row_pass` adds for objectives of the whole row, all (N,).
+
+    mean_logits: over the vocabulary.   other_logits, others: the largest logit but the target's, and its column, int64.
+    """
+
+    mean_logits: Tensor
+    other_logits: Tensor
+    others: Tensor
+
+    @staticmethod
+    def empty(N: int, like: Tensor) -> RowReductions:
+        """Room for the reductions of N rows."""
+        return RowReductions(like.new_empty(N), like.new_empty(N), like.new_empty(N, dtype=torch.int64))
+
+
 class HeadOptions(NamedTuple):
     """What does not change from chunk to chunk; dtype is that of the products' operands.
 

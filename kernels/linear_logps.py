@@ -27,6 +27,7 @@ from simnpo.kernels.gemm import logits_into, mm_float32
 from simnpo.kernels.head import (
     HeadOptions,
     LogitTransform,
+    RowReductions,
     RowStats,
     float_dtype,
     gradient_buffer,
@@ -41,20 +42,23 @@ if TYPE_CHECKING:
 
 
 def head_chunk(
-    x: Tensor, weight: Tensor, targets: Tensor, buffer: Tensor, options: HeadOptions, *, write_gradient: bool
-) -> tuple[Tensor, RowStats]:
+    x: Tensor, weight: Tensor, targets: Tensor, buffer: Tensor, options: HeadOptions, *, write_gradient: bool,
+    reductions: RowReductions | None = None,
+) -> tuple[Tensor, RowStats]:  # fmt: skip
     """One chunk through the head: x (n, D), targets (n,) -> (n, V) and the tokens' stats.
 
     The (n, V) tensor is h W^T, a view of `buffer` (in options.logits_dtype); with write_gradient it is
     d logps / d (h W^T), written over it where the dtypes allow. With a vocab_group it has this rank's columns; the
-    stats are of all columns.
+    stats are of all columns, and there are no reductions. These are filled where given.
     """
     chunk = logits_into(x, weight, buffer[: len(x)])
     passes, transform = options.passes, options.transform
     in_place = write_gradient and chunk.dtype == options.dtype and options.vocab_group is None
     if options.vocab_group is None:
         target_logits = transform.at(targets, passes.indexed_dot(x, weight, targets))
-        row_pass = passes.row_pass(chunk, targets, target_logits, transform, write_gradient=in_place)
+        row_pass = passes.row_pass(
+            chunk, targets, target_logits, transform, write_gradient=in_place, reductions=reductions
+        )  # fmt: skip
         stats = RowStats(target_logits, *row_pass)
     else:
         stats = shared_row_stats(x, weight, chunk, targets, options)

@@ -1,9 +1,9 @@
-"""SimNPO, NPO and gradient ascent with their retain term, from hidden states, in one pass without the logits.
+"""An unlearning objective with its retain term, from hidden states, in one pass without the logits.
 
     loss = forget_coef mean_i f(logps of forget sequence i) + retain_coef (mean over retain tokens of -logp)
 
 The derivative of the loss with respect to the logits of token t is coefs[t] (onehot - p), with one coefficient a
-sequence, known as soon as its last token is. So with G = 2 N D V flop, one product with the head:
+sequence (or a pair of them), known as soon as its last token is. So with G = 2 N D V flop, one product with the head:
 
     nothing differentiable      1G
     frozen head                 2G    all of J = (onehot - p) W first, then dH = coefs J
@@ -11,6 +11,9 @@ sequence, known as soon as its last token is. So with G = 2 N D V flop, one prod
 
 The coefficients always scale the (n, D) side. A forget sequence longer than a chunk adds its unscaled dZ^T H to a
 float32 (V, D) sum of its own, which becomes dW while that is empty, and is scaled once.
+
+Objectives of single tokens or rows know more and earlier: coefs[t] is forget_coef / (B_f n_i) from the start, and what
+depends on the token is written into dZ with it. Their chunks end anywhere, at the same number of products.
 
 Dimension key, here and in the test:
     B  sequences      N  tokens that count, in the order of the plan      D  hidden size      V  vocabulary
@@ -25,15 +28,24 @@ from torch import Tensor
 
 from simnpo.kernels.autograd import first_derivative_only
 from simnpo.kernels.backend import Impl, uncompiled
-from simnpo.kernels.checks import Layout, check_head, check_sequences, read_layout, sequence_bounds
-from simnpo.kernels.chunks import Span, aligned_spans, even_chunks
-from simnpo.kernels.head import HeadOptions
+from simnpo.kernels.batch_kl import fold_in_kl
+from simnpo.kernels.checks import (
+    check_budget,
+    check_head,
+    check_rows,
+    check_sequences,
+    check_tokens,
+    read_layout,
+    sequence_bounds,
+)
+from simnpo.kernels.head import HeadOptions, RowReductions
 from simnpo.kernels.head_gradients import HeadGradients
-from simnpo.kernels.linear_logps import head_chunk, head_options, needs_gradient
-from simnpo.kernels.parallel import PartialSums, SplitSequences, local_head, share_vocab, split_sequences
-from simnpo.kernels.passes import Passes
-from simnpo.kernels.sequence_pass import SequenceResults, sequence_pass_torch
-from simnpo.objectives import Objective
+from simnpo.kernels.linear_logps import head_chunk, head_options, linear_logps, needs_gradient
+from simnpo.kernels.objective_terms import TokenTerms, is_local, sum_terms, write_terms_gradient
+from simnpo.kernels.parallel import PartialSums, local_head, share_vocab, split_sequences
+from simnpo.kernels.plan import Extras, SequencePlan, make_plan
+from simnpo.kernels.sequence_pass import SequenceResults
+from simnpo.objectives import KTO, Objective, RowObjective
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -48,7 +60,9 @@ class UnlearnLoss(NamedTuple):
         With num_forget or num_retain_tokens these two are the batch's share of a mean over more than the batch.
     logps: (B,) log-probability of each sequence, nats.
     num_tokens: (B,) int64, tokens that count.
-    weights: (B,) derivative of a forget sequence's own loss in each of its token log-probabilities; 0 for retain.
+    weights: (B,) derivative of a forget sequence's own loss in each of its token log-probabilities; 0 for retain. An
+        alternate's is that of its pair's loss. Where tokens differ in it, their mean; of an objective of whole rows,
+        the mean of its part along onehot - p.
     gradient_error: () with a gradient budget, the share of the norm of dlogits that was left out before the rank-one
         tail stood in for it: measured, at most the budget. None without one.
     """
@@ -60,84 +74,6 @@ class UnlearnLoss(NamedTuple):
     num_tokens: Tensor
     weights: Tensor
     gradient_error: Tensor | None = None
-
-
-class SequencePlan(NamedTuple):
-    """The sequences of a batch in the order they go through the head, and the coefficients they start with.
-
-    rows: (N,) positions of the tokens in the flattened batch.
-    offsets: (S + 1,) bounds of the S sequences that have tokens.   sequences: (S,) their places in the batch.
-    num_tokens: (B,) int64.   is_retain: (B,) bool.   ref_logps: (B,) or None.
-    coefs: (N,) d loss / d logp: of retain tokens from the start, of forget tokens from the sequence pass on.
-    num_forget, num_retain_tokens: what the two means divide by.
-    forget_scale: forget_coef over num_forget.
-    sequence_group: the ranks that the tokens of every sequence are spread over; num_tokens counts on all of them.
-    """
-
-    rows: Tensor
-    offsets: Tensor
-    sequences: Tensor
-    num_tokens: Tensor
-    is_retain: Tensor
-    ref_logps: Tensor | None
-    coefs: Tensor
-    num_forget: int
-    num_retain_tokens: int
-    forget_scale: float
-    spans: list[Span]
-    objective: Objective
-    sequence_group: ProcessGroup | None = None
-
-    def reduce(self, span: Span, token_logps: Tensor, results: SequenceResults, passes: Passes) -> None:
-        """Run the sequence pass over the sequences that end with this span."""
-        first, last = span.sequences
-        arguments = (
-            token_logps, self.coefs, self.offsets[first : last + 1], self.sequences[first:last], self.is_retain,
-            results, self.objective, self.ref_logps, self.forget_scale,
-        )  # fmt: skip
-        if self.sequence_group is None:
-            passes.sequence_pass(*arguments)
-        else:
-            sequence_pass_torch(*arguments, group=self.sequence_group, num_tokens=self.num_tokens)
-
-
-def make_plan(
-    layout: Layout, objective: Objective, ref_logps: Tensor | None, forget_coef: float, retain_coef: float,
-    dtype: torch.dtype, chunk_tokens: int, *, aligned: bool, num_forget: int | None, num_retain_tokens: int | None,
-    split: SplitSequences | None = None,
-) -> SequencePlan:  # fmt: skip
-    """Order the sequences for the schedule: aligned to chunks, or as they come in one span cut anywhere."""
-    rows, lengths, is_retain = layout
-    device, B = rows.device, len(lengths)
-    counts, longest = (lengths, lengths) if split is None else (split.num_tokens, split.longest)
-    if aligned:
-        order, spans = aligned_spans(longest, is_retain, chunk_tokens, lengths)
-    else:
-        order = [b for b in range(B) if counts[b]]
-        spans = [Span(even_chunks(len(rows), chunk_tokens), (0, len(order)), weight_known_late=True)]
-
-    def on_device(values: list) -> Tensor:
-        return torch.tensor(values, device=device)
-
-    own_tokens, num_tokens, retain = on_device(lengths), on_device(counts), on_device(is_retain)
-    sequences = torch.tensor(order, dtype=torch.int64, device=device)
-    offsets = torch.nn.functional.pad(own_tokens[sequences].cumsum(0), (1, 0))
-    if order != sorted(order):
-        starts = own_tokens.cumsum(0) - own_tokens
-        shift = starts[sequences] - offsets[:-1]
-        shift = shift.repeat_interleave(own_tokens[sequences], output_size=len(rows))
-        rows = rows[shift + torch.arange(len(rows), device=device)]
-    if num_retain_tokens is None:
-        num_retain_tokens = max(sum(n for n, known in zip(counts, is_retain, strict=True) if known), 1)
-    if num_forget is None:
-        num_forget = max(B - sum(is_retain), 1)
-    coefs = torch.zeros(B, dtype=dtype, device=device).masked_fill_(retain, -retain_coef / num_retain_tokens)
-    coefs = coefs[sequences].repeat_interleave(own_tokens[sequences], output_size=len(rows))
-    ref_logps = None if ref_logps is None else ref_logps.to(device, dtype)
-    return SequencePlan(
-        rows, offsets, sequences, num_tokens, retain, ref_logps, coefs, num_forget, num_retain_tokens,
-        forget_coef / num_forget, spans, objective, None if split is None else split.group,
-    )  # fmt: skip
 
 
 def _linear_unlearn_loss_fwd(
@@ -155,6 +91,10 @@ def _linear_unlearn_loss_fwd(
     buffer = weight.new_empty(most_rows, weight.shape[0], dtype=options.logits_dtype)
     partial_dx = PartialSums(options.vocab_group)
 
+    if is_local(plan.objective):
+        _local_fwd(hidden_states, weight, targets, plan, options, needs, gradients, partial_dx, buffer, results)
+        partial_dx.wait()
+        return results, gradients
     for span in plan.spans:
         # while the weight is not known, sums of its own
         sums = HeadGradients(dx, weight, needs, len(pieces), options) if span.weight_known_late else gradients
@@ -168,7 +108,8 @@ def _linear_unlearn_loss_fwd(
             if piece == span.pieces[-1]:
                 plan.reduce(span, token_logps, results, options.passes)
             if any(needs):
-                sums.add(rows, x, tokens, chunk, stats, None if span.weight_known_late else plan.coefs[rows])
+                known = plan.factors if span.weight_known_late else plan.coefs
+                sums.add(rows, x, tokens, chunk, stats, None if known is None else known[rows])
                 partial_dx.add(None if dx is None else dx[rows])
         if not span.pieces and span.sequences[0] < span.sequences[1]:
             # of sequences spread over ranks none of the tokens are here: the other ranks wait for this one's nothing
@@ -176,9 +117,39 @@ def _linear_unlearn_loss_fwd(
         if span.weight_known_late and any(needs) and span.pieces:
             partial_dx.wait()
             rows = slice(span.pieces[0][0], span.pieces[-1][1])
-            gradients.absorb(sums, rows, plan.coefs[rows])
+            gradients.absorb(sums, rows, plan.late_coefs(span, rows, results))
     partial_dx.wait()
     return results, gradients
+
+
+def _local_fwd(
+    hidden_states: Tensor, weight: Tensor, targets: Tensor, plan: SequencePlan, options: HeadOptions,
+    needs: tuple[bool, bool, bool], gradients: HeadGradients, partial_dx: PartialSums, buffer: Tensor,
+    results: SequenceResults,
+) -> None:  # fmt: skip
+    """`_linear_unlearn_loss_fwd` of an objective of single tokens or rows: every chunk is finished by itself."""
+    token_logps = torch.empty_like(plan.coefs)
+    whole_row = isinstance(plan.objective, RowObjective)
+    terms = TokenTerms.empty(len(plan.rows), token_logps, mixed=whole_row)
+    for start, stop in plan.spans[0].pieces:
+        rows = slice(start, stop)
+        tokens = targets[plan.rows[rows]]
+        x = hidden_states[plan.rows[rows]].to(options.dtype)
+        reductions = RowReductions.empty(len(x), token_logps) if whole_row else None
+        chunk, stats = head_chunk(x, weight, tokens, buffer, options, write_gradient=False, reductions=reductions)
+        token_logps[rows] = stats.logps
+        some = plan.terms(rows, stats, reductions)
+        terms.put(rows, some)
+        coefs = plan.coefs[rows]
+        if any(needs) and options.gradient_error:
+            # the budget chooses columns by the whole coefficient, and scales the (n, D) side by it
+            gradients.add(rows, x, tokens, chunk, stats, coefs * some.slopes)
+        elif any(needs):
+            chunk = write_terms_gradient(chunk, tokens, stats, reductions, some, options)
+            gradients.add(rows, x, tokens, chunk, stats, coefs)
+        if gradients.dx is not None:
+            partial_dx.add(gradients.dx[rows])
+    sum_terms(plan, token_logps, terms, results)
 
 
 class _LinearUnlearnLoss(torch.autograd.Function):
@@ -225,6 +196,7 @@ def reduce_losses(plan: SequencePlan, results: SequenceResults, forget_coef: flo
 def linear_unlearn_loss(
     hidden_states: Tensor, lm_head_weight: Tensor, targets: Tensor, objective: Objective, *,
     cu_seqlens: Tensor | None = None, retain_mask: Tensor | None = None, ref_logps: Tensor | None = None,
+    ref_token_logps: Tensor | None = None, token_weights: Tensor | None = None, alternates: Tensor | None = None,
     forget_coef: float = 1.0, retain_coef: float = 1.0, num_forget: int | None = None,
     num_retain_tokens: int | None = None, bias: Tensor | None = None, logit_scale: float = 1.0,
     logit_softcap: float | None = None, gradient_error: float = 0.0,
@@ -238,10 +210,16 @@ def linear_unlearn_loss(
         lm_head_weight: (V, D), same dtype; under torch.autocast both are cast as `F.linear` would. A DTensor may be
             replicated, or sharded over its vocabulary.
         targets: (B, T) or (N,) int64 in [0, V), already shifted, -100 where ignored.
-        objective: `SimNPO`, `NPO` or `GradAscent`.
+        objective: `SimNPO`, `NPO` or any other of `simnpo.objectives`.
         cu_seqlens: (B + 1,) integers, bounds of the packed sequences.
         retain_mask: (B,) bool, True for a retain sequence; None: all forget.
-        ref_logps: (B,) log-probabilities under the reference policy, nats, for NPO; ignored at retain sequences.
+        ref_logps: (B,) log-probabilities under the reference policy, nats, for NPO, NNPO, DPO and KTO; ignored at
+            retain sequences.
+        ref_token_logps: like targets, those of each target, for TNPO and WTNPO.
+        token_weights: like targets, factors of the forget tokens' terms: s becomes sum_t w_t l_t, a mean over tokens
+            (1/n) sum_t w_t f_t, and n stays the number of tokens that count. Not for KTO.
+        alternates: (B,) int64, for objectives of pairs: each forget sequence's alternate answer, by its place in the
+            batch; -1 for retain sequences and for the alternates themselves, which are neither forget nor retain.
         forget_coef, retain_coef: weights of the two terms. The paper's published lambda of TOFU is our forget_coef.
         num_forget, num_retain_tokens: what the two means divide by where the batch is one of several micro-batches or
             ranks of a step: the forget sequences and retain tokens of them all. None: of this batch.
@@ -253,22 +231,27 @@ def linear_unlearn_loss(
             times their memory; None: the dtype of the products.
         chunk_tokens: rows of logits alive at once; None chooses by memory (`chunks.default_chunk_tokens`).
         impl: "auto", "triton" or "torch".
-        vocab_group: the ranks that share the head (tensor parallel): see `linear_logps`.
+        vocab_group: the ranks that share the head (tensor parallel): see `linear_logps`. Not for objectives of whole
+            rows.
         sequence_group: the ranks that share every sequence (context parallel), each with a slice of its tokens:
             the same B sequences in the same order, some of them perhaps without a token here. All get the same losses
             and the logps and num_tokens of whole sequences; the gradient of hidden_states is of the rank's own tokens,
             and those of weight and bias are to be added up over the ranks.
 
     Returns:
-        UnlearnLoss. A sequence without tokens has loss and gradient 0 and still counts in the mean.
+        UnlearnLoss. A sequence without tokens has loss and gradient 0 and still counts in the mean; so has a pair one
+        of whose sides is empty.
 
     Raises:
-        ValueError: an argument does not fit the others, a target is outside [0, V), ref_logps is missing for NPO.
+        ValueError: an argument does not fit the others, a target is outside [0, V), one that the objective needs is
+            missing, or gradient_error was asked for an objective whose gradient is not a few columns.
     """
     lm_head_weight, bias, vocab_group = local_head(lm_head_weight, bias, vocab_group, sequence_group)
     check_head(hidden_states, lm_head_weight, targets, bias, logit_scale, logit_softcap)
     bounds = sequence_bounds(targets, cu_seqlens)
-    check_sequences(len(bounds) - 1, retain_mask, ref_logps, objective, num_forget, num_retain_tokens)
+    check_sequences(len(bounds) - 1, retain_mask, ref_logps, objective, num_forget, num_retain_tokens, alternates)
+    check_tokens(targets, objective, token_weights, ref_token_logps)
+    check_budget(gradient_error, objective, hidden_states.dtype)
     flat, flat_targets = hidden_states.reshape(-1, hidden_states.shape[-1]), targets.reshape(-1)
     needs = needs_gradient(hidden_states, lm_head_weight, bias)
     # a budget wants the weights too, so that sequences without weight claim no columns
@@ -278,15 +261,29 @@ def linear_unlearn_loss(
         logits_dtype, chunk_tokens, impl, head_is_trained=needs[1] or needs[2],
     )  # fmt: skip
     options, V, first = share_vocab(vocab_group, options, lm_head_weight, flat_targets, needs)
-    layout = read_layout(flat_targets, bounds, retain_mask, V)
+    check_rows(objective, V, vocab_group is not None)
+    layout = read_layout(flat_targets, bounds, retain_mask, V, alternates)
+    if isinstance(objective, KTO) and ref_logps is not None and alternates is not None:
+
+        def token_logps(of: Tensor) -> Tensor:
+            return linear_logps(
+                flat, lm_head_weight, of, bias=bias, logit_scale=logit_scale, logit_softcap=logit_softcap,
+                logits_dtype=logits_dtype, chunk_tokens=chunk_tokens, impl=impl, vocab_group=vocab_group,
+            )  # fmt: skip
+
+        ref_logps, flat_targets = fold_in_kl(
+            objective, token_logps, flat_targets, bounds, ref_logps, alternates, retain_mask, sequence_group
+        )  # fmt: skip
+        layout = read_layout(flat_targets, bounds, retain_mask, V, alternates)
     options, split = split_sequences(sequence_group, options, layout, needs)
     if first:
         flat_targets = flat_targets - first
     dtype = torch.float64 if options.dtype == torch.float64 else torch.float32
+    per_token = (None if x is None else x.reshape(-1) for x in (token_weights, ref_token_logps))
     with torch.autocast(hidden_states.device.type, enabled=False):
         plan = make_plan(
-            layout, objective, ref_logps, forget_coef, retain_coef, dtype, options.chunk_tokens, aligned=aligned,
-            num_forget=num_forget, num_retain_tokens=num_retain_tokens, split=split,
+            layout, objective, Extras(ref_logps, *per_token), forget_coef, retain_coef, dtype, options.chunk_tokens,
+            aligned=aligned, num_forget=num_forget, num_retain_tokens=num_retain_tokens, split=split,
         )  # fmt: skip
         return UnlearnLoss(
             *_LinearUnlearnLoss.apply(

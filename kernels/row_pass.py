@@ -6,6 +6,7 @@
     p[n, v]    = exp(z[n, v] - largest[n]) / total[n]                     the softmax
     dlogits[n] = (onehot(targets[n]) - p[n]) dz/dlogits                   d logps[n] / d logits[n], in place
 
+and, for objectives of the whole row, the mean of z[n] and its largest entry but the target's, from the same read.
 `row_gradient` is the last line alone, for logits whose logps, largest and total are known: a recomputed slab of the
 vocabulary, or logits that somebody else owns.
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from simnpo.kernels.backend import LAUNCH_OPTIONS, tl, triton
-from simnpo.kernels.head import LogitTransform
+from simnpo.kernels.head import LogitTransform, RowReductions
 from simnpo.kernels.launch import ROW_GRADIENT, ROW_PASS
 from simnpo.kernels.special import expm1, softplus
 
@@ -66,11 +67,12 @@ def dlogits_tile(z, is_target, target_logit, logp, largest, total, scale, softca
 def _row_pass_kernel(
     # data
     logits_ptr, rows_ptr, targets_ptr, target_logits_ptr, bias_ptr, logps_ptr, largest_ptr, total_ptr,
+    mean_ptr, other_logits_ptr, others_ptr,
     # shapes and strides
     V, logits_stride_n, scale, softcap,
     # constants
     HAS_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WRITE_GRADIENT: tl.constexpr,
-    BLOCK_V: tl.constexpr, LANE: tl.constexpr,
+    REDUCE: tl.constexpr, BLOCK_V: tl.constexpr, LANE: tl.constexpr,
 ):  # fmt: skip
     # int64: n * V passes 2**31 at 16 744 tokens of Llama 3's 128 256-word vocabulary
     n = tl.program_id(0).to(tl.int64)
@@ -88,13 +90,23 @@ def _row_pass_kernel(
     # finite, so that a lane which only sees the target or the end of the row gives exp(-inf) = 0 and not NaN
     largest = tl.full([BLOCK_V // LANE], -1e38, dtype=tl.float32)
     total = tl.zeros([BLOCK_V // LANE], dtype=tl.float32)
+    # of the other logits: their sum, and where the largest is
+    z_sum = tl.zeros([BLOCK_V // LANE], dtype=tl.float32)
+    other = tl.full([BLOCK_V // LANE], V, dtype=tl.int32)
     for start in range(0, V, BLOCK_V):
         offs_v = start + offs
         mask_v = offs_v < V
         z = tl.load(row_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
         z = transformed_tile(z, bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-        z = tl.where(mask_v & (offs != target - start), z, -float("inf"))
+        is_other = mask_v & (offs != target - start)
+        if REDUCE:
+            z_sum += tl.sum(tl.where(is_other, z, 0.0), axis=1)
+        z = tl.where(is_other, z, -float("inf"))
         new_largest = tl.maximum(largest, tl.max(z, axis=1))
+        if REDUCE:
+            # the first of several that are as large
+            found = tl.min(tl.where(is_other & (z == new_largest[:, None]), offs_v, V), axis=1)
+            other = tl.where(new_largest > largest, found, other)
         total = total * exp(largest - new_largest) + tl.sum(exp(z - new_largest[:, None]), axis=1)
         largest = new_largest
     rest_largest = tl.max(largest, axis=0)
@@ -107,6 +119,10 @@ def _row_pass_kernel(
     tl.store(logps_ptr + n, logp)
     tl.store(largest_ptr + n, row_largest)
     tl.store(total_ptr + n, row_total)
+    if REDUCE:
+        tl.store(mean_ptr + n, (tl.sum(z_sum, axis=0) + target_logit) / V)
+        tl.store(other_logits_ptr + n, rest_largest)
+        tl.store(others_ptr + n, tl.min(tl.where(largest == rest_largest, other, V), axis=0).to(tl.int64))
 
     if WRITE_GRADIENT:
         for start in range(0, V, BLOCK_V):
@@ -156,7 +172,7 @@ def _row_gradient_kernel(
 
 def row_pass(
     logits: Tensor, targets: Tensor, target_logits: Tensor, transform: LogitTransform, *, write_gradient: bool,
-    rows: Tensor | None = None,
+    rows: Tensor | None = None, reductions: RowReductions | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Log-probability and softmax statistics of each row; the rows become d logps / d logits where asked.
 
@@ -166,6 +182,7 @@ def row_pass(
         target_logits: (N,) float32, the transformed logit of the target, exact.
         transform: bias, scale and soft-cap still to be applied to `logits`.
         rows: (N,) int64, which rows of `logits` they are; None: all, in order.
+        reductions: written where given; V must be at least 2.
 
     Returns:
         logps, largest, total: (N,) float32; nats, the largest logit, the sum of exp(logit - largest).
@@ -178,9 +195,10 @@ def row_pass(
         block, num_warps = ROW_PASS.fit(V, at_least=lane)
         _row_pass_kernel[(N,)](
             logits, rows, targets, target_logits, transform.bias, logps, largest, total,
+            *((None,) * 3 if reductions is None else reductions),
             V, logits.stride(0), transform.scale, transform.softcap or 1.0,
             HAS_ROWS=rows is not None, HAS_BIAS=transform.bias is not None, HAS_SOFTCAP=transform.softcap is not None,
-            WRITE_GRADIENT=write_gradient, BLOCK_V=block, LANE=lane,
+            WRITE_GRADIENT=write_gradient, REDUCE=reductions is not None, BLOCK_V=block, LANE=lane,
             num_warps=num_warps, **LAUNCH_OPTIONS,
         )  # fmt: skip
     return logps, largest, total
@@ -215,7 +233,7 @@ def row_gradient(
 
 def row_pass_torch(
     logits: Tensor, targets: Tensor, target_logits: Tensor, transform: LogitTransform, *, write_gradient: bool,
-    rows: Tensor | None = None,
+    rows: Tensor | None = None, reductions: RowReductions | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`row_pass` in plain PyTorch, float64 for float64 logits."""
     logps, largest, total = (torch.empty_like(target_logits) for _ in range(3))
@@ -224,7 +242,11 @@ def row_pass_torch(
         z = transform(logits[source].to(target_logits.dtype, copy=True))
         target, target_logit = targets[block, None], target_logits[block, None]
         slope = _softcap_slope(z, target, target_logit, transform) if write_gradient else None
+        if reductions is not None:
+            reductions.mean_logits[block] = z.scatter_(1, target, target_logit).mean(1)
         p = z.scatter_(1, target, -torch.inf)
+        if reductions is not None:
+            reductions.other_logits[block], reductions.others[block] = p.max(1)
         # a row whose only entry is the target has no largest other: keep exp(-inf - largest) = 0 and not NaN
         rest_largest = p.amax(1, keepdim=True).nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=0.0)
         rest_total = p.sub_(rest_largest).exp_().sum(1, keepdim=True)

@@ -15,19 +15,15 @@ Dimension key, here and in the test:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from simnpo.kernels.backend import LAUNCH_OPTIONS, tl, triton
 from simnpo.kernels.launch import SEQUENCE_PASS
 from simnpo.kernels.special import softplus
 from simnpo.objectives import NPO, GradAscent, Objective, SimNPO
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 class SequenceResults(NamedTuple):
@@ -119,24 +115,16 @@ def sequence_pass(
 
 def sequence_pass_torch(
     token_logps: Tensor, coefs: Tensor, offsets: Tensor, sequences: Tensor, is_retain: Tensor, results: SequenceResults,
-    objective: Objective, ref_logps: Tensor | None, forget_scale: float, *, group: ProcessGroup | None = None,
-    num_tokens: Tensor | None = None,
+    objective: Objective, ref_logps: Tensor | None, forget_scale: float,
 ) -> None:  # fmt: skip
-    """`sequence_pass` in plain PyTorch: the objective's own formula.
-
-    Args:
-        group, num_tokens: of sequences spread over ranks, the ranks and the (B,) tokens on all of them.
-    """
+    """`sequence_pass` in plain PyTorch: the objective's own formula."""
     lengths = offsets.diff()
-    counts = lengths if num_tokens is None else num_tokens[sequences]
     first, last = int(offsets[0]), int(offsets[-1])
     # segment_reduce adds in a fixed order on every device; index_add_ does not on a GPU
     logps = torch.segment_reduce(token_logps[first:last], "sum", lengths=lengths, initial=0.0)
-    if group is not None:
-        dist.all_reduce(logps, group=group)
     retain = is_retain[sequences]
     ref = None if ref_logps is None else ref_logps[sequences].to(logps.dtype)
-    loss, weight = objective.loss_and_weight(logps, counts, ref)
+    loss, weight = objective.loss_and_weight(logps, lengths, ref)
     weight = torch.where(retain, 0, weight)
     results.logps[sequences] = logps
     results.losses[sequences] = torch.where(retain, -logps, loss)

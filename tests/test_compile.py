@@ -17,12 +17,13 @@ SHARED_LIMIT = {
 KERNELS = sorted(re.findall(r"def (_\w+_kernel)\(", "".join(p.read_text() for p in (ROOT / "kernels").glob("*.py"))))
 
 # loads and stores of less than 16 bytes in a body: numbers of a row, the same for every lane
-ROW_NUMBERS = {"_row_gradient_kernel": (7, 0), "_column_pass_kernel": (7, 1)}
+ROW_NUMBERS = {"_row_gradient_kernel": (7, 0), "_mixed_gradient_kernel": (8, 0), "_column_pass_kernel": (7, 1)}
 
 # (kernel, pattern of "target launch") -> why its loads and stores are narrower than 16 bytes
 NARROW = {
     ("_row_pass_kernel", "V=50257"): "rows of an odd vocabulary start anywhere",
     ("_row_gradient_kernel", "V=50257"): "rows of an odd vocabulary start anywhere",
+    ("_mixed_gradient_kernel", "V=50257"): "rows of an odd vocabulary start anywhere",
     ("_column_pass_kernel", "V=50257"): "rows of an odd vocabulary start anywhere",
     ("_row_gradient_kernel", "columns$"): "gathers single columns",
     ("_column_pass_kernel", "gfx942 (bf16|fp16)"): "four elements a lane: 1024 columns over 4 warps of 64",
