@@ -250,12 +250,13 @@ def _refuse_shifted(labels: Tensor, input_ids: Tensor) -> None:
     if labels.shape != input_ids.shape:
         raise ValueError(f"labels must be {tuple(input_ids.shape)} like input_ids, got {tuple(labels.shape)}")
     counted = labels != IGNORE_INDEX
-    as_they_are = (labels == input_ids) | ~counted
-    shifted = (labels[:, :-1] == input_ids[:, 1:]) | ~counted[:, :-1]
-    if not as_they_are.all() and shifted.all():
+    as_they_are = ((labels == input_ids) | ~counted).all(1)
+    shifted = ((labels[:, :-1] == input_ids[:, 1:]) | ~counted[:, :-1]).all(1)
+    # row by row: forget rows may come from one place and retain rows from another
+    if (shifted & ~as_they_are).any():
         raise ValueError(
-            "labels look shifted already: each is the token after its own position. Pass them as shift_labels, or "
-            "pass labels as Hugging Face has them: a copy of input_ids with -100 where ignored"
+            "labels look shifted already: in some rows each is the token after its own position. Pass them as "
+            "shift_labels, or pass labels as Hugging Face has them: a copy of input_ids with -100 where ignored"
         )
 
 

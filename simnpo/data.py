@@ -1,7 +1,8 @@
 """JSON Lines in, tokenised examples out. Every mistake in a file is reported with its line.
 
 A row holds one of: `prompt` and `response`; `question` and `answer`; `messages` (role/content, loss on every assistant
-turn, its end-of-turn token included); `text` (every token is a target).
+turn, its end-of-turn token included); `text` (every token is a target); TRL's `prompt` and `completion` (strings or
+lists of messages, tokenised as its SFTTrainer does, loss on the completion).
 """
 
 import json
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100
 PAIRS = (("prompt", "response"), ("question", "answer"))
-EXPECTED_KEYS = "prompt and response, question and answer, messages, or text"
+EXPECTED_KEYS = "prompt and response (or completion), question and answer, messages, or text"
 # Llama 3's template prints today's date; a run that is resumed tomorrow must see the same tokens
 TEMPLATE_DATE = "26 Jul 2024"
 
@@ -117,6 +118,8 @@ def encode(row: dict[str, Any], tokenizer: Any, where: str, max_length: int) -> 
         text = _string(row, "text", where)
         ids = [*_bos(tokenizer), *_tokenize(tokenizer, text), *_eos(tokenizer)]
         prompt, response, segments = "", text, [(ids, True)]
+    elif "completion" in row:
+        prompt, response, segments = _prompt_completion(row, tokenizer, where)
     else:
         messages = _messages(row, where)
         prompt = next((m["content"] for m in reversed(messages[:-1]) if m["role"] == "user"), "")
@@ -152,17 +155,46 @@ def _messages(row: dict[str, Any], where: str) -> list[dict[str, str]]:
                 prompt, response = _string(row, prompt_key, where, may_be_empty=True), _string(row, response_key, where)
                 return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
         raise UserError(f"{where}: found keys {sorted(row)}, expected {EXPECTED_KEYS}")
-    messages = row["messages"]
+    messages = _turns(row["messages"], where)
+    while messages and messages[-1]["role"] != "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise UserError(f"{where}: every target is ignored: messages has no assistant turn")
+    return messages
+
+
+def _prompt_completion(
+    row: dict[str, Any], tokenizer: Any, where: str
+) -> tuple[str, str, list[tuple[list[int], bool]]]:
+    """TRL's row: plain text without a chat template, or messages with one; a target is what the completion adds."""
+    prompt, completion = row.get("prompt", ""), row["completion"]
+    if isinstance(prompt, list) and isinstance(completion, list) and completion:
+        turns = _turns([*prompt, *completion], where)
+        if not getattr(tokenizer, "chat_template", None):
+            raise UserError(f"{where}: the tokenizer has no chat template, so prompt and completion must be strings")
+        before = _tokenize(tokenizer, _render(turns[: len(prompt)], tokenizer, where, add_generation_prompt=True))
+        whole = _tokenize(tokenizer, _render(turns, tokenizer, where, add_generation_prompt=False))
+        prompt, completion = prompt[-1]["content"] if prompt else "", completion[-1]["content"]
+    else:
+        prompt, completion = (
+            _string({"prompt": prompt}, "prompt", where, may_be_empty=True),
+            _string(row, "completion", where),
+        )
+        end = tokenizer.eos_token or ""
+        text = prompt + completion + ("" if completion.endswith(end) else end)
+        before, whole = (tokenizer(text, verbose=False)["input_ids"] for text in (prompt, text))
+    # tokens can merge across the boundary; a merged one belongs to the completion
+    start = next((i for i, (a, b) in enumerate(zip(before, whole)) if a != b), min(len(before), len(whole)))
+    return prompt, completion, [(whole[:start], False), (whole[start:], True)]
+
+
+def _turns(messages: Any, where: str) -> list[dict[str, str]]:
     turns = messages if isinstance(messages, list) else [None]
     if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns):
         got = _shorten(str(messages))
         raise UserError(f"{where}: messages must be a list of objects with role and content, got {got}")
     for message in messages:
         _string(message, "content", where, may_be_empty=message["role"] != "assistant")
-    while messages and messages[-1]["role"] != "assistant":
-        messages = messages[:-1]
-    if not messages:
-        raise UserError(f"{where}: every target is ignored: messages has no assistant turn")
     return messages
 
 

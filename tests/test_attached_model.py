@@ -324,6 +324,9 @@ def test_labels_that_are_shifted_already():
     shifted = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     with pytest.raises(ValueError, match=r"labels look shifted already.*shift_labels"):
         model(**batch | {"labels": shifted}, objective=SimNPO())
+    mixed = torch.cat([batch["labels"][:1], shifted[1:]])
+    with pytest.raises(ValueError, match="labels look shifted already: in some rows"):
+        model(**batch | {"labels": mixed}, objective=SimNPO())
     del batch["labels"]
     model(**batch, shift_labels=shifted, objective=SimNPO())
 
