@@ -79,6 +79,11 @@ def local_head(
     return local(weight), None if bias is None else local(bias), vocab_group
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a DTensor, which every rank must ask for at once; any other tensor as it is."""
+    return tensor.full_tensor() if _is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def _is_dtensor(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 

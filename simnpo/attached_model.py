@@ -31,7 +31,7 @@ from simnpo.objectives import Objective
 # arguments of the loss, in the forward of an attached model; without `objective` or `token_logps` they mean nothing
 LOSS_ARGUMENTS = (
     "shift_labels", "retain_mask", "ref_logps", "forget_coef", "retain_coef", "num_forget", "num_retain_tokens",
-    "cu_seqlens", "gradient_error", "logits_dtype", "chunk_tokens", "impl",
+    "cu_seqlens", "gradient_error", "logits_dtype", "chunk_tokens", "impl", "sequence_group",
 )  # fmt: skip
 TOKEN_LOGPS_ARGUMENTS = ("cu_seqlens", "gradient_error", "logits_dtype", "chunk_tokens", "impl")
 # arguments of the model's own forward that a loss without logits cannot honour
@@ -63,6 +63,8 @@ def attach(model: nn.Module, *, verify: bool = True) -> Any:
             retain tokens of all ranks and micro-batches of a step. Where gradients are averaged over ranks (DDP, FSDP,
             ZeRO) the loss is to be multiplied by their number.
         cu_seqlens: (B + 1,) bounds of the sequences of a packed (1, N) row, whose position_ids restart with each.
+        sequence_group: the ranks that share every sequence (context parallel), each with a slice of it and of
+            shift_labels; the body is the one to have them attend to each other.
         forget_coef, retain_coef, gradient_error, logits_dtype, chunk_tokens, impl: see `linear_unlearn_loss`.
 
     Logit scale, soft-cap, bias and text configuration are taken from the model's configuration. A mixture of experts
@@ -108,6 +110,16 @@ class AttachedHead(nn.Linear):
         self, input: Tensor, loss: Callable[[Tensor, Tensor, Tensor | None], Any] | None = None
     ) -> Any:
         return super().forward(input) if loss is None else loss(input, self.weight, self.bias)
+
+
+class _ForwardOrLoss:
+    """The forward of a head whose own is wrapped: the loss gets the weight as it is, sharded, and not the wrapper's."""
+
+    def __init__(self, head: AttachedHead, wrapper: Callable[..., Any]) -> None:
+        self.head, self.wrapper = head, wrapper
+
+    def __call__(self, input: Tensor, loss: Callable[[Tensor, Tensor, Tensor | None], Any] | None = None) -> Any:
+        return self.wrapper(input) if loss is None else AttachedHead.forward(self.head, input, loss)
 
 
 class AttachedModel:
@@ -158,6 +170,10 @@ def _attach_head(lm: Any) -> nn.Module:
         # exactly nn.Linear: `output_layer` has refused everything that multiplies in another way
         if type(module) is nn.Linear:
             module.__class__ = AttachedHead
+        # transformers' tensor parallelism wraps the forward of the object, and its wrapper knows of no loss
+        wrapper = vars(module).get("forward")
+        if isinstance(module, AttachedHead) and wrapper is not None and not isinstance(wrapper, _ForwardOrLoss):
+            module.forward = _ForwardOrLoss(module, wrapper)
     if not isinstance(layer, AttachedHead):
         raise UserError(
             f"model: the output head has become a {type(layer).__name__} since the model was made: call simnpo.attach "
@@ -178,6 +194,11 @@ def _loss_forward(lm: Any, objective: Objective | None, token_logps: bool, input
     extra = [name for name in options if name not in (*allowed, "shift_labels")]
     if extra:
         raise ValueError(f"token_logps=True returns log-probabilities, which have no {', '.join(extra)}")
+    if options.get("sequence_group") is not None and "shift_labels" not in options:
+        raise ValueError(
+            "sequence_group needs shift_labels: the label of a slice's last token is on another rank, so shift the "
+            "labels before they are cut"
+        )
     targets = _targets(lm, inputs, options)
     ref_logps = options.get("ref_logps")
     if isinstance(ref_logps, Sequence):

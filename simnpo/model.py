@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from simnpo.batch import Batch
 from simnpo.errors import UserError
+from simnpo.kernels.parallel import whole
 
 logger = logging.getLogger(__name__)
 
@@ -207,6 +208,7 @@ def verify_head(model: nn.Module) -> None:
         UserError: they differ.
     """
     weight, bias, scale, softcap = output_head(model)
+    weight, bias = whole(weight), None if bias is None else whole(bias)
     batch = _probe(model, [7])
     hidden = hidden_states(model, batch)[0]
     logits = scale * nn.functional.linear(hidden.to(weight.dtype), weight, bias).double()
