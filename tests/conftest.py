@@ -1,16 +1,19 @@
-"""Before anything imports triton: without a GPU the kernels run in its interpreter."""
+"""Before anything imports torch: the tests are the CPU's wherever they run, with the kernels in Triton's interpreter.
+
+SIMNPO_TEST_DEVICE=cuda shows them the GPU, for the tests that are made for both (`make test` does that by itself).
+"""
 
 import os
 
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("SIMNPO_TEST_DEVICE") != "cuda":
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import json
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
