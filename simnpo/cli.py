@@ -14,7 +14,17 @@ COMMANDS = {
     "demo": "do that to a small model that comes with pip, in minutes",
     "evaluate": "score a model on TOFU, MUSE, WMDP or MMLU",
     "sweep": "unlearn with many settings and score each on TOFU",
+    "attack": "try to bring back what a model was made to forget",
     "bench": "time the loss beside everybody else's on this machine",
+}
+
+# whose `main` runs a command
+MODULES = {
+    "demo": "simnpo.demo",
+    "evaluate": "simnpo.evaluation.command",
+    "sweep": "simnpo.sweep.command",
+    "attack": "simnpo.attacks.command",
+    "bench": "simnpo.benchmarks.suite",
 }
 
 
@@ -29,9 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments, options = parser.parse_known_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
-        return {"unlearn": unlearn, "demo": demo, "evaluate": evaluate, "sweep": sweep, "bench": bench}[
-            arguments.command
-        ](options)
+        if arguments.command == "unlearn":
+            return unlearn(options)
+        return importlib.import_module(MODULES[arguments.command]).main(options)
     except (UserError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -66,22 +76,6 @@ def unlearn(options: list[str]) -> int:
     output = unlearn(config)
     print(f"unlearned model: {output / 'model'}\nreport: {output / 'report.html'}")
     return 0
-
-
-def demo(options: list[str]) -> int:
-    return importlib.import_module("simnpo.demo").main(options)
-
-
-def evaluate(options: list[str]) -> int:
-    return importlib.import_module("simnpo.evaluation.command").main(options)
-
-
-def sweep(options: list[str]) -> int:
-    return importlib.import_module("simnpo.sweep.command").main(options)
-
-
-def bench(options: list[str]) -> int:
-    return importlib.import_module("simnpo.benchmarks.suite").main(options)
 
 
 if __name__ == "__main__":

@@ -58,9 +58,7 @@ def main(options: list[str]) -> int:
     disable_progress_bar()
     evaluate = {"tofu": tofu, "muse": muse, "wmdp": harness, "mmlu": harness}[arguments.benchmark]
     page = evaluate(arguments)
-    console = Console()
-    # a pipe says nothing of its width, and tables would be squeezed
-    (console if console.is_terminal else Console(width=160)).print(Markdown(page))
+    show(page)
     print(f"results: {Path(arguments.output) / 'results.json'}")
     return 0
 
@@ -79,12 +77,19 @@ def settings_of(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
     return {name: value for name, value in chosen.items() if value is not None}
 
 
-def load(arguments: argparse.Namespace, name: str) -> Any:
+def load(arguments: argparse.Namespace, name: str, *, precision: str | None = None) -> Any:
+    """The model to examine; `precision` overrides that of the arguments."""
     from simnpo.evaluation.subject import load_subject
 
-    return load_subject(
-        name, precision=arguments.precision, cpu=arguments.cpu, batch_size=arguments.batch_size, show_progress=True
-    )
+    precision = precision or arguments.precision
+    return load_subject(name, precision=precision, cpu=arguments.cpu, batch_size=arguments.batch_size)  # type: ignore[arg-type]
+
+
+def show(page: str) -> None:
+    """Prints Markdown on the terminal."""
+    console = Console()
+    # a pipe says nothing of its width, and tables would be squeezed
+    (console if console.is_terminal else Console(width=160)).print(Markdown(page))
 
 
 def tofu(arguments: argparse.Namespace) -> str:
