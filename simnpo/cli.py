@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": "score a model on TOFU, MUSE, WMDP or MMLU",
     "sweep": "unlearn with many settings and score each on TOFU",
     "attack": "try to bring back what a model was made to forget",
+    "report": "make the report of a run again, with the evaluations and attacks in its folder",
     "bench": "time the loss beside everybody else's on this machine",
 }
 
@@ -24,6 +25,7 @@ MODULES = {
     "evaluate": "simnpo.evaluation.command",
     "sweep": "simnpo.sweep.command",
     "attack": "simnpo.attacks.command",
+    "report": "simnpo.report.command",
     "bench": "simnpo.benchmarks.suite",
 }
 

@@ -1,5 +1,6 @@
 """The page a run leaves behind: self-contained, safe with any text, complete about what is missing."""
 
+import base64
 import json
 import math
 import re
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from simnpo.cli import main
 from simnpo.report import judge, write_report
 from simnpo.report.page import marked_words
 
@@ -153,3 +155,43 @@ def test_the_report_of_a_copied_run_is_the_same(run_dir, tmp_path_factory):
     copy = tmp_path_factory.mktemp("copy") / "run"
     shutil.copytree(run_dir, copy)
     assert write_report(run_dir).read_bytes() == write_report(copy).read_bytes()
+
+
+# Evaluations and attacks inside the folder of the run
+
+
+def tofu_results(quality: float | None, utility: float | None) -> dict:
+    scores = {"forget_quality": quality, "model_utility": utility, "privacy_leak": None, "membership_auc": None}
+    forget = {"probability": 0.125, "rouge_l_recall": 0.25, "truth_ratio": 0.375}
+    return {"benchmark": "tofu", "scores": scores, "sets": {"forget": forget}}
+
+
+def test_evaluations_and_attacks_in_its_folder(run_dir, capsys):
+    for name, results in {
+        "tofu": tofu_results(0.7, 0.61),
+        "compared/retrained": tofu_results(1.0, 0.63),
+        "compared/start": tofu_results(None, 0.64),
+        "attacks/relearn": {"attack": "relearn", "settings": {"share": 0.2, "epochs": NASTY}},
+        "attacks/unfinished": {"attack": "prefix", "settings": {}},
+    }.items():
+        (run_dir / name).mkdir(parents=True)
+        (run_dir / name / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    curves = (write_report(run_dir).parent / "plots/nll.png").read_bytes()
+    (run_dir / "attacks/relearn/curves.png").write_bytes(curves)
+
+    assert main(["report", str(run_dir)]) == 0
+    assert "report.html" in capsys.readouterr().out
+    html = (run_dir / "report.html").read_text(encoding="utf-8")
+    assert (run_dir / "plots/tofu.png").read_bytes().startswith(b"\x89PNG")
+    for text in ("<td>tofu</td>", "<td>retrained</td>", '<td data-label="forget quality">0.7</td>', "share 0.2"):
+        assert text in html
+    # what is not available is a dash, and no point
+    assert '<td>start</td><td data-label="forget quality">–</td>' in html
+    assert html.count("<h2>Attack: ") == 1
+    assert base64.b64encode(curves).decode() in html
+    assert "<script" not in html
+
+
+def test_report_of_no_folder(tmp_path, capsys):
+    assert main(["report", str(tmp_path / "gone")]) == 2
+    assert "no such folder" in capsys.readouterr().err

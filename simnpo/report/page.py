@@ -10,7 +10,8 @@ from typing import Any
 
 import jinja2
 
-from simnpo.report.plots import THEMES, nll_plot, weights_plot
+from simnpo.report.examined import find_attacks, find_tofu
+from simnpo.report.plots import THEMES, nll_plot, tofu_plot, weights_plot
 from simnpo.report.verdict import judge
 from simnpo.training.disk import write_bytes, write_text
 
@@ -32,7 +33,8 @@ class RunFiles:
 def write_report(run_dir: str | Path) -> Path:
     """Writes report.html, and its pictures once more as files to plots/.
 
-    A section whose file is missing says so.
+    A section whose file is missing says so. What `simnpo evaluate` and `simnpo attack` wrote into folders inside
+    run_dir becomes sections of their own, named by the folders.
 
     Args:
         run_dir: folder of a run, finished or not.
@@ -51,6 +53,8 @@ def write_report(run_dir: str | Path) -> Path:
     pages = jinja2.Environment(loader=jinja2.PackageLoader("simnpo.report", "."), autoescape=True, trim_blocks=True)
     pages.filters["number"] = _number
     compared = run.evaluation if run.evaluation and {"before", "after"} <= run.evaluation.keys() else None
+    tofu = find_tofu(run_dir)
+    placed = [one for one in tofu if one.forget_quality is not None and one.model_utility is not None]
     html = pages.get_template("report.html.jinja").render(
         config=run.config,
         summary=run.summary,
@@ -60,6 +64,9 @@ def write_report(run_dir: str | Path) -> Path:
         answers=list(_answer_sections(compared)) if compared else None,
         nll_images=_pictures(run_dir, "nll", nll_plot, run.metrics),
         weight_images=_pictures(run_dir, "weights", weights_plot, run.weights),
+        tofu=tofu,
+        tofu_images=_pictures(run_dir, "tofu", tofu_plot, placed or None),
+        attacks=find_attacks(run_dir),
     )
     path = run_dir / "report.html"
     write_text(path, html)
@@ -85,7 +92,7 @@ def _read(run_dir: Path) -> RunFiles:
 
 
 def _pictures(
-    run_dir: Path, name: str, plot: Callable[[list[dict[str, Any]], str], bytes], rows: list[dict[str, Any]] | None
+    run_dir: Path, name: str, plot: Callable[[list[Any], str], bytes], rows: list[Any] | None
 ) -> dict[str, str] | None:
     """The picture in every theme as a data: address; the PNGs go to plots/ too."""
     if rows is None:

@@ -1,6 +1,7 @@
 """The pictures of a report, once for light and once for dark pages."""
 
 import io
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from simnpo.report.examined import TofuScores
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, lighter on a dark page
 THEMES: dict[str, dict[str, Any]] = {
@@ -65,6 +68,28 @@ def weights_plot(weights: list[dict[str, Any]], theme: str) -> bytes:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("response length (tokens)")
         axes.set_ylabel("gradient weight per token")
+        _legend(axes)
+    return png.getvalue()
+
+
+def tofu_plot(scores: list[TofuScores], theme: str) -> bytes:
+    """Forget quality against model utility, a point a model, as PNG: up and to the right is better.
+
+    Args:
+        scores: those with both numbers.
+        theme: a key of THEMES.
+    """
+    with _figure(theme) as (png, axes):
+        colours = THEMES[theme]["colours"]
+        for i, one in enumerate(scores):
+            assert one.forget_quality is not None and one.model_utility is not None, one.name
+            axes.plot(
+                one.model_utility, math.log10(max(one.forget_quality, 1e-300)), MARKERS[i % len(MARKERS)],
+                color=colours[i // len(MARKERS) % len(colours)], markersize=8, label=one.name, linestyle="none",
+            )  # fmt: skip
+        axes.axhline(math.log10(0.05), color=THEMES[theme]["ink"], linewidth=0.8, linestyle=":")
+        axes.set_xlabel("model utility")
+        axes.set_ylabel("log10 of forget quality")
         _legend(axes)
     return png.getvalue()
 
