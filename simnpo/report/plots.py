@@ -82,9 +82,9 @@ def tofu_plot(scores: list[TofuScores], theme: str) -> bytes:
     with _figure(theme) as (png, axes):
         colours = THEMES[theme]["colours"]
         for i, one in enumerate(scores):
-            assert one.forget_quality is not None and one.model_utility is not None, one.name
+            quality, utility = one.forget_quality or 0.0, one.model_utility or 0.0
             axes.plot(
-                one.model_utility, math.log10(max(one.forget_quality, 1e-300)), MARKERS[i % len(MARKERS)],
+                utility, math.log10(max(quality, 1e-300)), MARKERS[i % len(MARKERS)],
                 color=colours[i // len(MARKERS) % len(colours)], markersize=8, label=one.name, linestyle="none",
             )  # fmt: skip
         axes.axhline(math.log10(0.05), color=THEMES[theme]["ink"], linewidth=0.8, linestyle=":")
