@@ -24,7 +24,7 @@ from simnpo.data import IGNORE_INDEX
 from simnpo.integrations.forget_retain import ForgetRetainCollator, ForgetRetainDataset, join
 from simnpo.integrations.reference import ReferenceLogps
 from simnpo.model import causal_lm
-from simnpo.objectives import Objective, SimNPO
+from simnpo.objectives import Objective, SequenceObjective, SimNPO
 
 REFERENCE_FILE = "reference.json"
 
@@ -47,7 +47,7 @@ class UnlearnTrainer(Trainer):
             right. For any other dataset it makes the whole batch.
         eval_dataset: rows of input_ids and labels give `loss` (nats a token) and `probability` (the mean over sequences
             of exp of the mean log-probability of a token); pairs of forget and retain rows give these two of each, and
-            as `loss` the objective's, if it needs no reference.
+            as `loss` the objective's, if it is one of whole sequences without a reference.
         compute_metrics: adds to those; `predictions` are log-probabilities of sequences, nats, and `label_ids` their
             numbers of tokens, (N,), or (N, 2) for pairs. There are no logits.
 
@@ -99,6 +99,7 @@ class UnlearnTrainer(Trainer):
             pad_token_id = getattr(kwargs.get("processing_class"), "pad_token_id", None)
             data_collator = ForgetRetainCollator(data_collator, pad_token_id or 0)
         self.objective = SimNPO() if objective is None else objective
+        _check_objective(self.objective)
         self.forget_coef, self.retain_coef = forget_coef, retain_coef
         self.head_options = {"gradient_error": gradient_error or None, "chunk_tokens": chunk_tokens}
         self._user_metrics = compute_metrics
@@ -254,11 +255,20 @@ class UnlearnTrainer(Trainer):
         for side, (some_logps, some_tokens) in enumerate(zip(logps.T, num_tokens.T)):
             name = "retain" if side else "forget"
             metrics |= _nll_and_probability(some_logps, some_tokens, f"{name}_nll", f"{name}_probability")
-        if not self.objective.needs_ref_logps:
+        if isinstance(self.objective, SequenceObjective) and not self.objective.needs_ref_logps:
             losses, _ = self.objective.loss_and_weight(logps[:, 0], num_tokens[:, 0])
             loss = self.forget_coef * losses.mean().item() + self.retain_coef * metrics.get("retain_nll", 0.0)
             metrics["loss"] = loss
         return {**metrics, **own}
+
+
+def _check_objective(objective: Objective) -> None:
+    for asked, needs in (("needs_alternates", "alternate answers"), ("needs_ref_token_logps", "a reference per token")):
+        if getattr(objective, asked, False):
+            raise ValueError(
+                f"{type(objective).__name__} needs {needs}, which UnlearnTrainer does not make: use an objective of "
+                "single sequences (SimNPO, NPO, GradAscent, WGA, ...), or call the attached model in your own loop"
+            )
 
 
 def _check_arguments(args: TrainingArguments) -> None:

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainingArguments
 from simnpo import NPO, SimNPO
 from simnpo.integrations.forget_retain import ForgetRetainCollator, ForgetRetainDataset
 from simnpo.integrations.huggingface import UnlearnTrainer
+from simnpo.objectives import DPO, TNPO, WGA
 
 COEFS = {"forget_coef": FORGET_COEF, "retain_coef": RETAIN_COEF}
 # forget rows of each step, by rows of the set and micro-batches in a step
@@ -160,6 +161,21 @@ def test_a_users_collator_pads(tmp_path):
     assert any((mask[:, 0] == 0).any() for mask in seen)
     for ours_p, theirs_p in zip(ours.model.parameters(), theirs.model.parameters()):
         torch.testing.assert_close(ours_p, theirs_p, rtol=1e-3, atol=1e-5)
+
+
+def test_an_objective_of_tokens(tmp_path):
+    """Its mean over the sequences of the step does not depend on the micro-batches either."""
+    found = []
+    for batch, accumulation in ((4, 1), (2, 2), (1, 4)):
+        trainer = make_trainer(
+            tmp_path, objective=WGA(), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
+            train_dataset=ForgetRetainDataset(FORGET[:8], RETAIN), num_train_epochs=2,
+        )  # fmt: skip
+        trainer.train()
+        found.append([p.detach() for p in trainer.model.parameters()])
+    for ours, again, more in zip(*found):
+        torch.testing.assert_close(again, ours, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(more, ours, rtol=1e-4, atol=1e-6)
 
 
 def test_bfloat16_autocast(tmp_path):
@@ -344,6 +360,14 @@ def test_a_training_batch_without_sides(tmp_path):
 def test_compute_loss_func(tmp_path):
     with pytest.raises(ValueError, match="compute_loss_func is given logits, which are never made"):
         UnlearnTrainer(make_model(), make_arguments(tmp_path), compute_loss_func=lambda *args: None)
+
+
+@pytest.mark.parametrize(
+    ("objective", "needs"), [(DPO(), "alternate answers"), (TNPO(), "a reference per token")], ids=["dpo", "tnpo"]
+)
+def test_objectives_that_need_more_than_sequences(tmp_path, objective, needs):
+    with pytest.raises(ValueError, match=f"{type(objective).__name__} needs {needs}, which UnlearnTrainer does not"):
+        make_trainer(tmp_path, objective=objective)
 
 
 def test_label_smoothing(tmp_path):
