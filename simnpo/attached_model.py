@@ -14,6 +14,7 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
+from types import MethodType
 from typing import Any
 
 import torch
@@ -93,6 +94,7 @@ def attach(model: nn.Module, *, verify: bool = True) -> Any:
     _attach_head(lm)
     if not isinstance(lm, AttachedModel):
         lm.__class__ = _attached_class(type(lm))
+        _refresh_forward(lm)
     if verify:
         if any(parameter.is_meta for parameter in lm.parameters()):
             raise UserError("model: its weights are on the meta device and cannot be checked: pass verify=False")
@@ -172,7 +174,9 @@ def _attach_head(lm: Any) -> nn.Module:
             module.__class__ = AttachedHead
         # transformers' tensor parallelism wraps the forward of the object, and its wrapper knows of no loss
         wrapper = vars(module).get("forward")
-        if isinstance(module, AttachedHead) and wrapper is not None and not isinstance(wrapper, _ForwardOrLoss):
+        if "_old_forward" in vars(module):
+            _refresh_forward(module)
+        elif isinstance(module, AttachedHead) and wrapper is not None and not isinstance(wrapper, _ForwardOrLoss):
             module.forward = _ForwardOrLoss(module, wrapper)
     if not isinstance(layer, AttachedHead):
         raise UserError(
@@ -180,6 +184,21 @@ def _attach_head(lm: Any) -> nn.Module:
             "before the model is sharded or wrapped"
         )
     return head
+
+
+def _refresh_forward(module: nn.Module) -> None:
+    """Lets a forward that was put on the object itself find the one of its new class.
+
+    Accelerate does that to spread a model over devices (device_map="auto") and keeps the forward it calls.
+    """
+    if "forward" not in vars(module):
+        return
+    if "_old_forward" not in vars(module):
+        raise UserError(
+            f"model: the forward of this {type(module).__name__} has been replaced on the object (by Accelerate's "
+            "prepare, TRL's fused head, or a patch), which would hide the loss: call simnpo.attach before that"
+        )
+    module._old_forward = MethodType(type(module).forward, module)  # type: ignore[assignment]
 
 
 def _loss_forward(lm: Any, objective: Objective | None, token_logps: bool, inputs: dict[str, Any]) -> Any:
@@ -231,7 +250,7 @@ def _loss_forward(lm: Any, objective: Objective | None, token_logps: bool, input
         return logps.unsqueeze(0) if packed else logps
 
     result = _attach_head(lm)(hidden, loss=loss)
-    return _with_router_loss(lm, result, output, inputs) if objective is not None else result
+    return _with_router_loss(lm, result, output, inputs, options) if objective is not None else result
 
 
 def _run_body(lm: Any, inputs: dict[str, Any]) -> Any:
@@ -298,8 +317,13 @@ def _balances_experts(lm: Any, inputs: dict[str, Any]) -> bool:
     return bool(getattr(lm.config.get_text_config(), "output_router_logits", False) if asked is None else asked)
 
 
-def _with_router_loss(lm: Any, result: UnlearnLoss, output: Any, inputs: dict[str, Any]) -> UnlearnLoss:
-    """Adds the load-balancing loss of a mixture of experts where the body was asked for its router logits."""
+def _with_router_loss(
+    lm: Any, result: UnlearnLoss, output: Any, inputs: dict[str, Any], options: dict[str, Any]
+) -> UnlearnLoss:
+    """Adds the load-balancing loss of a mixture of experts where the body was asked for its router logits.
+
+    With num_forget it is the batch's share: weighted, like the forget term, by its part of the step's forget sequences.
+    """
     if not inputs.get("output_router_logits"):
         return result
     balance = getattr(sys.modules[type(lm).__module__], "load_balancing_loss_func", None)
@@ -310,4 +334,9 @@ def _with_router_loss(lm: Any, result: UnlearnLoss, output: Any, inputs: dict[st
         )
     mask = inputs.get("attention_mask")
     auxiliary = balance(output.router_logits, lm.num_experts, lm.num_experts_per_tok, mask)
-    return result._replace(loss=result.loss + lm.router_aux_loss_coef * auxiliary.to(result.loss))
+    share: Any = 1.0
+    if options.get("num_forget") is not None:
+        retain_mask = options.get("retain_mask")
+        num_retain = 0 if retain_mask is None else retain_mask.sum()
+        share = (len(result.logps) - num_retain) / options["num_forget"]
+    return result._replace(loss=result.loss + lm.router_aux_loss_coef * share * auxiliary.to(result.loss))

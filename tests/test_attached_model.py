@@ -1,9 +1,11 @@
 """Every family's own logits and the written-out formula against the loss that has no logits."""
 
 import copy
+import functools
 import io
 import pickle
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -293,7 +295,36 @@ def test_lora(attach_first, modules_to_save):
     assert torch.equal(base, attached_loss(attach(make("llama")), batch))
 
 
+def test_experts_are_balanced_once_a_step():
+    """The load-balancing losses of micro-batches add up to one, not to one each."""
+    model, batch = attach(make("mixtral")), make_batch()
+    total = expected = torch.zeros((), dtype=torch.float64)
+    for rows in (torch.tensor([0, 2]), torch.tensor([1, 3])):
+        some = {name: tensor[rows] for name, tensor in batch.items()}
+        options = {"objective": SimNPO(), "retain_mask": RETAIN[rows], "num_forget": 2, "num_retain_tokens": 9}
+        total = total + model(**some, **options).loss - model(**some, **options, output_router_logits=False).loss
+        expected = expected + 0.3 * model(**some).aux_loss / 2
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_spread_over_devices():
+    """Accelerate's hooks keep the forward they found; here the weights stay away and come when they are used."""
+    expected = attach(make("llama"))(**make_batch(), objective=SimNPO(), retain_mask=RETAIN)
+    model = accelerate.cpu_offload(make("llama"), execution_device=torch.device("cpu"))
+    assert model.lm_head.weight.is_meta
+    out = attach(model, verify=False)(**make_batch(), objective=SimNPO(), retain_mask=RETAIN)
+    torch.testing.assert_close(out.loss, expected.loss)
+    torch.testing.assert_close(model(**make_batch()).loss, make("llama")(**make_batch()).loss)
+
+
 # What it refuses
+
+
+def test_a_forward_replaced_on_the_object():
+    model = make("llama")
+    model.forward = functools.partial(model.forward)
+    with pytest.raises(UserError, match=r"forward of this LlamaForCausalLM has been replaced.*simnpo\.attach before"):
+        attach(model)
 
 
 def test_loss_arguments_without_a_loss():
