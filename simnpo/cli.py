@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import logging
+import os
 import sys
 from dataclasses import fields
 from importlib.metadata import version
@@ -76,7 +77,8 @@ def unlearn(options: list[str]) -> int:
 
     disable_progress_bar()
     output = unlearn(config)
-    print(f"unlearned model: {output / 'model'}\nreport: {output / 'report.html'}")
+    if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
+        print(f"unlearned model: {output / 'model'}\nreport: {output / 'report.html'}")
     return 0
 
 

@@ -1,12 +1,19 @@
 """An attached model under the engines that spread it over processes, and `simnpo unlearn` on two of them."""
 
+import json
 import os
+import signal
+import subprocess
+import sys
 import tempfile
+import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import PASSED, run_on_ranks
+from safetensors.torch import load_file
 from test_attached_model import RETAIN, make, make_batch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -16,6 +23,10 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from simnpo import SimNPO, attach, linear_unlearn_loss
+from simnpo.config import UnlearnConfig
+from simnpo.errors import UserError
+from simnpo.training.checkpoint import checkpoints
+from simnpo.training.loop import unlearn
 
 OBJECTIVE = SimNPO(beta=1.7, gamma=0.4)
 TOLERANCE = 1e-6  # float64, relative to the largest entry
@@ -206,3 +217,103 @@ def test_attached_model_on_several_processes(outcomes, check):
 def test_attached_model_under_zero3(tmp_path):
     pytest.importorskip("deepspeed", reason="DeepSpeed ZeRO-3 is tested where deepspeed is installed")
     assert run_on_ranks(2, [check_zero3], tmp_path) == {"check_zero3": PASSED}
+
+
+# simnpo unlearn
+
+
+@pytest.fixture(scope="module")
+def launch(model_dir, forget_file, retain_file):
+    """Starts `simnpo unlearn` on two processes, as a user does; every rank by itself where `cpu` is left out."""
+
+    def start(output, *options, cpu=True):
+        arguments = {"model": model_dir, "forget": forget_file, "retain": retain_file, "output": output, **SETTINGS}
+        command = [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"),
+            *("--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"),
+            *("--module", "simnpo.cli", "unlearn"),
+            *(f"--{name}={value}" for name, value in arguments.items()),
+            *(["--cpu"] if cpu else []),
+            *options,
+        ]
+        log = (output.parent / f"{output.name}.log").open("w")
+        return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+
+    return start
+
+
+SETTINGS = {"method": "npo", "max_steps": 12, "batch_size": 5, "retain_batch_size": 3, "learning_rate": 1e-3}
+TIMINGS = ("tokens_per_second", "peak_memory_mib", "seconds")
+SETTINGS |= {"save_steps": 1, "eval_examples": 5, "precision": "fp32"}
+
+
+def workers(launcher: int) -> dict[int, int]:
+    """Process id of each rank that the launcher has started."""
+    found = {}
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        variables = Path(f"/proc/{child}/environ").read_text().split("\0")
+        found |= {int(v.removeprefix("RANK=")): int(child) for v in variables if v.startswith("RANK=")}
+    return found
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def outcome(output: Path) -> dict[str, object]:
+    """What has to be the same, bit for bit."""
+    rows = read_rows(output / "metrics.jsonl")
+    return {
+        "weights": (output / "model/model.safetensors").read_bytes(),
+        "metrics": [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows],
+        "probes": (output / "weights.jsonl").read_text(),
+        "evaluation": (output / "evaluation.json").read_text(),
+        "checkpoints": [path.name for path in checkpoints(output / "checkpoints")],
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the ranks in /proc")
+def test_two_ranks_take_the_steps_of_one_and_survive_the_death_of_one(
+    launch, tmp_path, model_dir, forget_file, retain_file
+):
+    both = tmp_path / "both"
+    assert launch(both).wait() == 0, (tmp_path / "both.log").read_text()
+    assert (tmp_path / "both.log").read_text().count("unlearned model:") == 1
+
+    files = {"model": str(model_dir), "forget": str(forget_file), "retain": str(retain_file)}
+    alone = unlearn(UnlearnConfig(**files, **SETTINGS, output=str(tmp_path / "alone"), cpu=True))
+    ours, theirs = (load_file(output / "model/model.safetensors") for output in (both, alone))
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n} {m}")
+    for ours, theirs in zip(*(read_rows(output / "metrics.jsonl") for output in (both, alone)), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+        assert ours["tokens"] == theirs["tokens"]
+    scores = [json.loads((output / "evaluation.json").read_text()) for output in (both, alone)]
+    for when in ("before", "after"):
+        for name in ("forget", "retain"):
+            ours, theirs = (one[when][name]["examples"] for one in scores)
+            assert [one["id"] for one in ours] == [one["id"] for one in theirs]
+            assert [one["nll"] for one in ours] == pytest.approx([one["nll"] for one in theirs], rel=1e-4)
+
+    killed = tmp_path / "killed"
+    process = launch(killed)
+    while (
+        len(checkpoints(killed / "checkpoints")) == 0 or checkpoints(killed / "checkpoints")[-1].name < "step-00000004"
+    ):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    os.kill(workers(process.pid)[1], signal.SIGKILL)
+    assert process.wait() != 0
+    assert not (killed / "report.html").exists()
+    assert launch(killed, "--resume").wait() == 0, (tmp_path / "killed.log").read_text()
+    assert outcome(killed) == outcome(both)
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch, model_dir, forget_file, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU accelerate waits for the other process")
+    with pytest.raises(UserError, match=r"2 processes were launched and accelerate found no accelerator.*add --cpu"):
+        unlearn(UnlearnConfig(model=str(model_dir), forget=str(forget_file), output=str(tmp_path / "run")))

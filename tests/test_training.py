@@ -1,10 +1,6 @@
 import errno
 import json
 import math
-import os
-import subprocess
-import sys
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -272,25 +268,6 @@ def test_tokenizer_of_another_model_is_refused(config, tmp_path):
 def test_more_micro_batches_than_sequences_is_refused(config):
     with pytest.raises(UserError, match=r"batch_size must be at least ranks x gradient_accumulation_steps = 8.*got 4"):
         unlearn(config(gradient_accumulation_steps=8))
-
-
-@pytest.mark.slow
-def test_two_ranks_take_the_steps_of_one(config, tmp_path):
-    """Without retain examples, which every rank draws for itself, the number of ranks must not matter."""
-    settings = config(retain=None, method="npo", batch_size=5)
-    alone = unlearn(settings)
-    both = replace(settings, output=str(tmp_path / "both"))
-    options = [f"--{name}={value}" for name, value in asdict(both).items() if value is not None]
-    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [sys.executable, "-m", *launch, "-m", "simnpo.cli", "unlearn", *options]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    ours, theirs = (load_file(output / "model/model.safetensors") for output in (tmp_path / "both", alone))
-    for name, weight in ours.items():
-        torch.testing.assert_close(weight, theirs[name], rtol=1e-4, atol=1e-5, msg=name)
-    assert json.loads((tmp_path / "both/summary.json").read_text())["ranks"] == 2
-    for ours, theirs in zip(rows(tmp_path / "both/metrics.jsonl"), rows(alone / "metrics.jsonl")):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
-        assert ours["tokens"] == theirs["tokens"]
 
 
 # What stops a run

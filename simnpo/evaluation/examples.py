@@ -3,10 +3,12 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from statistics import fmean
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from simnpo.batch import collate
@@ -56,6 +58,8 @@ def evaluate(
     *,
     batch_size: int = 32,
     max_new_tokens: int | None = None,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> dict[str, SetScores]:
     """Scores every example of every set.
 
@@ -65,7 +69,8 @@ def evaluate(
         tokenizer: its tokenizer, with a pad token.
         sets: examples by name.
         batch_size: sequences of one forward.
-        max_new_tokens: of an answer; None: twice the longest reference of the batch.
+        max_new_tokens: of an answer; None: twice the longest reference of the set.
+        rank, num_ranks: with several, all must call: each runs its share of the examples, and all get all scores.
 
     Raises:
         ValueError: a set is empty.
@@ -76,14 +81,27 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        return {name: _score(model, tokenizer, examples, batch_size, max_new_tokens) for name, examples in sets.items()}
+        scores = {}
+        for name, examples in sets.items():
+            # of all ranks' examples: what is dealt to a rank must not change its answers
+            limit = max_new_tokens or 2 * max(example.num_targets for example in examples)
+            scores[name] = _score(model, tokenizer, examples[rank::num_ranks], batch_size, limit)
     finally:
         model.train(was_training)
+    shares = [scores]
+    if num_ranks > 1:
+        shares = [{} for _ in range(num_ranks)]
+        dist.all_gather_object(shares, scores)
+    dealt = {name: zip_longest(*(share[name] for share in shares)) for name in sets}
+    return {
+        name: _summary([one for round_ in rounds for one in round_ if one is not None])
+        for name, rounds in dealt.items()
+    }
 
 
 def _score(
-    model: nn.Module, tokenizer: Any, examples: Sequence[Example], batch_size: int, max_new_tokens: int | None
-) -> SetScores:
+    model: nn.Module, tokenizer: Any, examples: Sequence[Example], batch_size: int, max_new_tokens: int
+) -> list[ExampleScores]:
     nlls = [nll for batch in _batches(examples, batch_size) for nll in _nlls(model, tokenizer, batch).tolist()]
     asked = [example for example in examples if example.prompt_ids]
     answers = [
@@ -97,9 +115,14 @@ def _score(
     for example, nll in zip(examples, nlls):
         answer, recall = next(answered) if example.prompt_ids else (None, None)
         scores.append(ExampleScores(example.id, example.prompt, example.response, answer, math.exp(-nll), nll, recall))
+    return scores
+
+
+def _summary(scores: list[ExampleScores]) -> SetScores:
+    recalls = [score.rouge_l_recall for score in scores if score.rouge_l_recall is not None]
     return SetScores(
         probability=fmean(score.probability for score in scores),
-        nll=fmean(nlls),
+        nll=fmean(score.nll for score in scores),
         rouge_l_recall=fmean(recalls) if recalls else None,
         examples=scores,
     )

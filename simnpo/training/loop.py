@@ -27,7 +27,7 @@ from simnpo.training import result, setup
 from simnpo.training.checkpoint import load_checkpoint, read_state, save_checkpoint
 from simnpo.training.log import Clock, RunLog, drop_rows_after, peak_memory_mib
 from simnpo.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
-from simnpo.training.step import Collator, StepTotals, accumulate, not_finite, sequence_logps
+from simnpo.training.step import Collator, StepTotals, accumulate, dealt_sequence_logps, not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -89,11 +89,10 @@ def unlearn(config: UnlearnConfig) -> Path:
     collator = collator._replace(ref_logps=reference)
     run = Run(config, accelerator, model, tokenizer, collator, forget, retain, heldout, facts)
 
-    if accelerator.is_main_process:
-        result.evaluate(run, "before")
+    result.evaluate(run, "before")
     clock = train(run, checkpoint)
+    result.evaluate(run, "after")
     if accelerator.is_main_process:
-        result.evaluate(run, "after")
         result.save_model(run)
         result.write_summary(run, clock)
         write_report(output)
@@ -112,7 +111,14 @@ def start_accelerator(config: UnlearnConfig) -> Accelerator:
     spread = accelerator.distributed_type
     if spread in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
         raise UserError(
-            f"accelerate is set to {spread.value}: only one process or DistributedDataParallel is known here"
+            f"accelerate is set to {spread.value}: this command knows one process or DistributedDataParallel, the "
+            "whole model on every rank; train one that must be sharded in a loop of yours, with simnpo.attach(model)"
+        )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise UserError(
+            f"{launched} processes were launched and accelerate found no accelerator for them to share: each would run "
+            "alone and write over the others; add --cpu to run them on the CPU"
         )
     parts = accelerator.num_processes * config.gradient_accumulation_steps
     if config.batch_size < parts:
@@ -197,7 +203,7 @@ def metrics_row(run: Run, step: int, totals: StepTotals, grad_norm: float, rate:
 def forget_weights(run: Run, step: int) -> dict[str, Any]:
     """The gradient weight of forget examples after `step` steps, for weights.jsonl."""
     examples = run.forget[:PROBED_EXAMPLES]
-    logps = sequence_logps(run.model, run.config, run.collator, examples, run.config.batch_size)
+    logps = dealt_sequence_logps(run.accelerator, run.model, run.config, run.collator, examples)
     num_tokens = torch.tensor([example.num_targets for example in examples])
     reference = run.collator.ref_logps
     ref_logps = None if reference is None else torch.tensor([reference[example.id] for example in examples])

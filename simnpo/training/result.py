@@ -63,7 +63,10 @@ def write_summary(run: "Run", clock: Clock) -> None:
 
 
 def evaluate(run: "Run", when: Literal["before", "after"]) -> None:
-    """Adds the model's scores as it is to evaluation.json, under `when`; a resumed run keeps its first "before"."""
+    """Adds the model's scores as it is to evaluation.json, under `when`; a resumed run keeps its first "before".
+
+    All ranks call it, each runs its share of the examples, and the first writes.
+    """
     path = run.output / "evaluation.json"
     scores = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     at_most = run.config.eval_examples
@@ -72,7 +75,10 @@ def evaluate(run: "Run", when: Literal["before", "after"]) -> None:
     sets = {"forget": run.forget, "retain": run.retain, "heldout": run.heldout}
     some = {name: examples[:at_most] for name, examples in sets.items() if examples}
     with autocast(run.config, run.accelerator.device):
-        scored = evaluation.evaluate(run.model, run.tokenizer, some)
+        rank, world = run.accelerator.process_index, run.accelerator.num_processes
+        scored = evaluation.evaluate(run.model, run.tokenizer, some, rank=rank, num_ranks=world)
+    if not run.accelerator.is_main_process:
+        return
     scores[when] = {name: asdict(one) for name, one in scored.items()}
     write_json(path, scores)
     means = ", ".join(f"{name} {one.probability:.3g}" for name, one in scored.items())

@@ -18,7 +18,7 @@ from simnpo.errors import UserError
 from simnpo.model import add_lora, causal_lm, keeps_sequences_apart, load_weights
 from simnpo.training.checkpoint import checkpoints, keep_newest, read_state
 from simnpo.training.disk import remove_leftovers, write_json
-from simnpo.training.step import Collator, autocast, sequence_logps
+from simnpo.training.step import Collator, autocast, dealt_sequence_logps
 
 logger = logging.getLogger(__name__)
 
@@ -143,8 +143,11 @@ def reference_logps(
     if not config.objective().needs_ref_logps:
         return None
     path = config.output_dir() / "reference.json"
-    if accelerator.is_main_process and not (reload and path.exists()):
-        logps = sequence_logps(model, config, collator, forget, config.batch_size).tolist()
-        write_json(path, {example.id: logp for example, logp in zip(forget, logps)})
+    known = reload and path.exists()
+    accelerator.wait_for_everyone()  # until every rank has seen whether it is there
+    if not known:
+        logps = dealt_sequence_logps(accelerator, model, config, collator, forget).tolist()
+        if accelerator.is_main_process:
+            write_json(path, {example.id: logp for example, logp in zip(forget, logps)})
     accelerator.wait_for_everyone()
     return json.loads(path.read_text(encoding="utf-8"))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from simnpo.batch import Batch, Sampler, collate, micro_batches
@@ -122,4 +123,16 @@ def sequence_logps(
             model(**batch.inputs(), objective=GradAscent(), chunk_tokens=config.chunk_tokens) for batch in batches
         ]
     model.train(was_training)
-    return torch.cat([out.logps.cpu() for out in outputs])
+    return torch.cat([torch.empty(0), *(out.logps.cpu() for out in outputs)])
+
+
+def dealt_sequence_logps(
+    accelerator: Accelerator, model: nn.Module, config: UnlearnConfig, collator: Collator, examples: list[Example]
+) -> Tensor:
+    """`sequence_logps`, of which every rank runs its share; all must call, and all get (len(examples),)."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    own = sequence_logps(model, config, collator, examples[rank::world], config.batch_size)
+    logps = torch.empty(len(examples))
+    for i, share in enumerate(gather_object([own])):
+        logps[i::world] = share
+    return logps
