@@ -273,3 +273,15 @@ def test_without_wrong_answers_there_is_no_truth_ratio(subject):
     found = measure(subject, {"f": questions()}, write=(), max_new_tokens=3)["f"]
     assert "truth_ratio" not in forget_scores(found)
     assert forget_scores(found)["probability"] == pytest.approx(found.probability.mean())
+
+
+def test_a_rest_without_words_has_no_recall(subject):
+    answers = questions([{"question": "?", "answer": "Yes."}, {"question": "?", "answer": "Yes I do."}]).answers
+    rows = prefix_rows(subject, answers, name="m", given=[0, 3], max_new_tokens=2)
+    assert rows[1]["answers"] == 2
+    ids = answers[1].input_ids[: len(answers[1].prompt_ids) + 3]
+    written = subject.answer([ids], 2)
+    assert rows[1]["rouge_l_recall"] == rouge_l_recall([" I do."], written)[0]
+    alone = prefix_rows(subject, answers[:1], name="m", given=[3])
+    assert alone[0]["rouge_l_recall"] is None
+    assert alone[0]["exact"] in (0.0, 1.0)

@@ -69,6 +69,27 @@ def test_model_utility_is_the_harmonic_mean():
     assert model_utility([0.0] + [1.0] * 8) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("scores", "published"),
+    [  # SimNPO's table 1 (forget05): real authors, world facts, retain; each ROUGE-L, probability, truth ratio
+        ([0.93, 0.44, 0.58, 0.91, 0.43, 0.55, 0.98, 0.99, 0.48], 0.62),  # the original model
+        ([0.92, 0.44, 0.57, 0.90, 0.43, 0.54, 0.97, 0.99, 0.48], 0.62),  # retrained
+        ([0.59, 0.59, 0.81, 0.88, 0.46, 0.59, 0.42, 0.49, 0.48], 0.56),  # GradDiff
+        ([0.91, 0.50, 0.62, 0.90, 0.50, 0.61, 0.47, 0.51, 0.44], 0.57),  # NPO
+        ([0.90, 0.50, 0.64, 0.90, 0.48, 0.60, 0.54, 0.56, 0.44], 0.58),  # SimNPO
+    ],
+)
+def test_model_utility_of_the_published_table(scores, published):
+    assert round(model_utility(scores), 2) == published
+
+
+@pytest.mark.parametrize(("questions", "published"), [(200, 1.94e-119), (400, 1.06e-239)])
+def test_forget_quality_of_models_that_are_told_apart_everywhere(questions, published):
+    """The lowest values of open-unlearning's published tables, for forget05 and forget10."""
+    apart = forget_quality(np.arange(questions), np.arange(questions) + questions)
+    assert apart == pytest.approx(published, rel=0.005)
+
+
 def test_model_utility_says_what_is_wrong():
     with pytest.raises(ValueError, match=r"values must be \(9,\), got \(3,\)"):
         model_utility([1, 1, 1])

@@ -1,8 +1,11 @@
 """The paper's synthetic experiment: its data against the definition, and a smaller case of its claim."""
 
+import json
+
 import pytest
 import torch
 
+from simnpo.benchmarks.paper import weights
 from simnpo.benchmarks.paper.chains import LEAK, OWN_STATES, STATES, chain, kl_to_truth
 from simnpo.benchmarks.paper.experiment import PARTS, Size, make_data, training_rows
 from simnpo.benchmarks.paper.synthetic import comparison, draw, markdown, retain_kl_when_forgotten, unlearn_both_ways
@@ -70,3 +73,21 @@ def test_simnpo_forgets_at_less_cost(tmp_path):
     assert page.count("**forget") == 2
     draw(runs, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_weights_start_where_the_formulas_say(model_dir, forget_file, tmp_path):
+    options = [f"--model={model_dir}", f"--data={forget_file}", f"--output={tmp_path}", "--epochs=1"]
+    weights.main([*options, "--learning-rate=1e-3"])
+    curves = json.loads((tmp_path / "weights.json").read_text())["curves"]
+    start = curves["NPO"][0]
+    # the reference is the model itself: gradient ascent
+    assert start["weights"] == [1.0] * 10
+    for n, weight, p in zip(start["num_tokens"], curves["SimNPO"][0]["weights"], start["probability"]):
+        # 2/n sigmoid(beta log p) with beta = 2.5
+        assert weight == pytest.approx(2 / n * p**2.5 / (1 + p**2.5), rel=1e-2)
+    for rows in curves.values():
+        assert [row["epoch"] for row in rows] == [0, 1]
+        assert sum(rows[1]["probability"]) < sum(rows[0]["probability"])
+        assert rows[1]["weights"] != rows[0]["weights"]
+    assert "| NPO | 0 | 1 |" in (tmp_path / "weights.md").read_text()
+    assert (tmp_path / "weights.png").read_bytes().startswith(b"\x89PNG")

@@ -69,13 +69,15 @@ def prefix_rows(
         rests = [tokenizer.decode(one.example.input_ids[one.start + k :], skip_special_tokens=True) for one in long]
         room = max_new_tokens or max(one.tokens for one in long) - k
         written = subject.answer(prompts, room, f"{k} tokens given")
+        # a rest that is only a full stop has no words to recall
+        worded = [(rest, text) for rest, text in zip(rests, written) if any(map(str.isalnum, rest))]
         rows.append(
             {
                 "model": name,
                 "given": k,
                 "answers": len(long),
                 "probability": fmean(math.exp(score.logps[k:].mean()) for score in scores),
-                "rouge_l_recall": fmean(rouge_l_recall(rests, written)),
+                "rouge_l_recall": fmean(rouge_l_recall(*zip(*worded))) if worded else None,
                 # the tokens that end the answer are not part of it
                 "exact": fmean(float(score.is_greedy[k : one.tokens].all()) for score, one in zip(scores, long)),
             }
