@@ -31,8 +31,9 @@ from simnpo.objectives import Objective
 
 # arguments of the loss, in the forward of an attached model; without `objective` or `token_logps` they mean nothing
 LOSS_ARGUMENTS = (
-    "shift_labels", "retain_mask", "ref_logps", "forget_coef", "retain_coef", "num_forget", "num_retain_tokens",
-    "cu_seqlens", "gradient_error", "logits_dtype", "chunk_tokens", "impl", "sequence_group",
+    "shift_labels", "retain_mask", "ref_logps", "ref_token_logps", "token_weights", "alternates", "forget_coef",
+    "retain_coef", "num_forget", "num_retain_tokens", "cu_seqlens", "gradient_error", "logits_dtype", "chunk_tokens",
+    "impl", "sequence_group",
 )  # fmt: skip
 TOKEN_LOGPS_ARGUMENTS = ("cu_seqlens", "gradient_error", "logits_dtype", "chunk_tokens", "impl")
 # arguments of the model's own forward that a loss without logits cannot honour
@@ -64,9 +65,11 @@ def attach(model: nn.Module, *, verify: bool = True) -> Any:
             retain tokens of all ranks and micro-batches of a step. Where gradients are averaged over ranks (DDP, FSDP,
             ZeRO) the loss is to be multiplied by their number.
         cu_seqlens: (B + 1,) bounds of the sequences of a packed (1, N) row, whose position_ids restart with each.
+        ref_token_logps, token_weights: (B, T) like shift_labels: [b, t] belongs to labels[b, t + 1].
         sequence_group: the ranks that share every sequence (context parallel), each with a slice of it and of
             shift_labels; the body is the one to have them attend to each other.
-        forget_coef, retain_coef, gradient_error, logits_dtype, chunk_tokens, impl: see `linear_unlearn_loss`.
+        alternates, forget_coef, retain_coef, gradient_error, logits_dtype, chunk_tokens, impl: see
+            `linear_unlearn_loss`.
 
     Logit scale, soft-cap, bias and text configuration are taken from the model's configuration. A mixture of experts
     whose configuration asks for router logits gets its load-balancing loss added, as in its own forward.
@@ -239,6 +242,7 @@ def _loss_forward(lm: Any, objective: Objective | None, token_logps: bool, input
                 f"{'given' if inputs.get('position_ids') is not None else 'missing'}; or pad the sequences instead"
             )
         hidden, targets = hidden[0], targets[0]
+        options |= {name: options[name][0] for name in ("ref_token_logps", "token_weights") if name in options}
     scale, softcap = logit_transform(lm)
     options |= {"logit_scale": scale, "logit_softcap": softcap}
 

@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from simnpo.data import IGNORE_INDEX, Example
+
+# of forget examples, in a batch: left out, after the retain sequences, or in their place
+Alternates = Literal["none", "beside", "instead"]
 
 FORGET_ORDER, RETAIN_DRAW, TORCH_SEED = range(3)  # separate random streams of one seed
 
@@ -33,6 +36,10 @@ class Batch:
         ref_logps: (B,) float32, the reference policy's, 0 for retain sequences; None unless the objective needs it.
         ids: id of each example.
         num_targets: targets that count in each sequence, on the host.
+        num_inputs: tokens of each sequence, on the host.
+        ref_token_logps: as targets, the reference policy's, 0 where ignored and for all but forget sequences; None
+            unless the objective needs it.
+        alternates: (B,) int64, where the alternate of each forget sequence is, -1 for the others; likewise.
     """
 
     input_ids: Tensor
@@ -44,6 +51,9 @@ class Batch:
     ref_logps: Tensor | None
     ids: tuple[str, ...]
     num_targets: tuple[int, ...]
+    num_inputs: tuple[int, ...]
+    ref_token_logps: Tensor | None = None
+    alternates: Tensor | None = None
 
     def inputs(self) -> dict[str, Tensor | None]:
         """What an attached model takes of it, beside what the objective needs."""
@@ -54,6 +64,11 @@ class Batch:
             "shift_labels": self.targets,
             "cu_seqlens": self.cu_seqlens,
         }
+
+    def for_objective(self) -> dict[str, Tensor | None]:
+        """What the objective takes of it."""
+        names = ("retain_mask", "ref_logps", "ref_token_logps", "alternates")
+        return {name: getattr(self, name) for name in names}
 
     def to(self, device: torch.device) -> "Batch":
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -68,6 +83,8 @@ def collate(
     packed: bool,
     pad_token_id: int = 0,
     ref_logps: dict[str, float] | None = None,
+    ref_token_logps: dict[str, list[float]] | None = None,
+    alternates: Alternates = "none",
 ) -> Batch:
     """Puts forget and retain sequences into one batch, packed or padded.
 
@@ -75,20 +92,29 @@ def collate(
         forget, retain: examples; forget comes first in the batch.
         packed: one row of N tokens instead of B rows of T.
         pad_token_id: fills padded rows; never attended to.
-        ref_logps: log-probability of each forget example under the reference policy, nats, by id.
+        ref_logps: log-probability of each forget example and alternate under the reference policy, nats, by id.
+        ref_token_logps: of each of a forget example's targets, 0 where ignored, by id.
+        alternates: whether those of the forget examples stand beside them, at the end of the batch, or instead of them.
 
     Raises:
         ValueError: there is no sequence at all.
     """
-    examples = [*forget, *retain]
+    others = [] if alternates == "none" else [_alternate(example) for example in forget]
+    if alternates == "instead":
+        forget, others = others, []
+    examples = [*forget, *retain, *others]
     if not examples:
         raise ValueError("a batch needs at least one sequence, got none")
-    columns = {
+    columns: dict[str, list[list[Any]]] = {
         "input_ids": [example.input_ids for example in examples],
         "position_ids": [list(range(len(example.input_ids))) for example in examples],
         "targets": [[*example.labels[1:], IGNORE_INDEX] for example in examples],
     }
-    lengths = [len(example.input_ids) for example in examples]
+    lengths, B = [len(example.input_ids) for example in examples], len(examples)
+    if ref_token_logps is not None:
+        columns["ref_token_logps"] = [ref_token_logps[example.id] for example in forget] + [
+            [0.0] * len(example.input_ids) for example in (*retain, *others)
+        ]
     if packed:
         tensors = {name: torch.tensor([list(chain.from_iterable(rows))]) for name, rows in columns.items()}
     else:
@@ -99,18 +125,29 @@ def collate(
         input_ids=tensors["input_ids"],
         position_ids=tensors["position_ids"],
         targets=tensors["targets"],
-        retain_mask=torch.tensor([False] * len(forget) + [True] * len(retain)),
+        retain_mask=torch.tensor([False] * len(forget) + [True] * len(retain) + [False] * len(others)),
         attention_mask=tensors.get("attention_mask"),
         cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32) if packed else None,
         ref_logps=None
         if ref_logps is None
-        else torch.tensor([*(ref_logps[example.id] for example in forget), *[0.0] * len(retain)]),
+        else torch.tensor(
+            [*(ref_logps[e.id] for e in forget), *[0.0] * len(retain), *(ref_logps[e.id] for e in others)]
+        ),
+        ref_token_logps=tensors.get("ref_token_logps"),
+        alternates=torch.tensor([*range(B - len(others), B), *[-1] * (B - len(others))]) if others else None,
         ids=tuple(example.id for example in examples),
         num_targets=tuple(example.num_targets for example in examples),
+        num_inputs=tuple(lengths),
     )
 
 
-def _pad(rows: list[list[int]], value: int) -> Tensor:
+def _alternate(example: Example) -> Example:
+    if example.alternate is None:
+        raise ValueError(f"{example.id} has no alternate: load the examples with one")
+    return example.alternate
+
+
+def _pad(rows: list[list[Any]], value: int) -> Tensor:
     width = max(map(len, rows))
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])  # (B, T)
 

@@ -7,6 +7,7 @@ import os
 import sys
 from dataclasses import fields
 from importlib.metadata import version
+from typing import Any
 
 from simnpo.errors import RunError, UserError
 
@@ -57,6 +58,19 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+class ListMethods(argparse.Action):
+    """Prints the methods of `simnpo unlearn`."""
+
+    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from simnpo.objectives.methods import describe
+
+        print(describe())
+        parser.exit()
+
+
 def unlearn(options: list[str]) -> int:
     from transformers.hf_argparser import HfArgumentParser
 
@@ -68,6 +82,7 @@ def unlearn(options: list[str]) -> int:
         description=COMMANDS["unlearn"],
         formatter_class=argparse.HelpFormatter,
     )
+    parser.add_argument("--list-methods", action=ListMethods, help="show every --method with its formula, and stop")
     arguments = parser.parse_args(options)
     config = UnlearnConfig(**{field.name: getattr(arguments, field.name) for field in fields(UnlearnConfig)})
 

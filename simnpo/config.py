@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from simnpo.errors import UserError
 
 if TYPE_CHECKING:
-    from simnpo.objectives import NPO, GradAscent, SimNPO
-
-DEFAULT_BETA = {"simnpo": 2.5, "npo": 0.1}
+    from simnpo.objectives import Objective
 
 # a resumed run may differ in these; every other field changes the weights or the report that come out
 FREE_ON_RESUME = {"output", "resume", "save_steps", "keep_checkpoints", "logging_steps"}
@@ -34,14 +32,20 @@ class UnlearnConfig:
     )
     heldout: str | None = _option("JSON Lines in neither: only scored, to see what else has changed.", default=None)
 
-    method: Literal["simnpo", "npo", "ga"] = _option(
-        "simnpo: length-normalised, no reference. npo: against the model's own start. ga: gradient ascent.",
+    method: str = _option(
+        "simnpo: length-normalised, no reference. npo: against the model's own start. ga: gradient ascent. "
+        "--list-methods shows these and all the others.",
         default="simnpo",
     )
-    beta: float | None = _option("Inverse temperature of simnpo (default 2.5) and npo (default 0.1).", default=None)
+    beta: float | None = _option("Inverse temperature (default: the method's own; simnpo 2.5, npo 0.1).", default=None)
     gamma: float = _option(
-        "SimNPO's margin, the paper's: outside beta. It equals beta * delta where code puts the margin inside.",
+        "Margin of simnpo and simpo, the papers': outside beta. It equals beta * delta where code puts it inside.",
         default=0.0,
+    )
+    method_args: str = _option("The method's other options, as in 'beta1=5 beta2=1'; see --list-methods.", default="")
+    alternate: str = _option(
+        "Answer that dpo, kto, simpo and jensun raise where a forget row has no field `alternate`.",
+        default="I don't know.",
     )
     forget_coef: float = _option("Multiplies the forget term (the `lambda` of published TOFU settings).", default=1.0)
     retain_coef: float = _option("Multiplies the retain term, the mean NLL per retain token.", default=1.0)
@@ -109,26 +113,49 @@ class UnlearnConfig:
             self._require(f.name, "finite", not isinstance(value, float) or math.isfinite(value))
         self._require("max_length", "at least 2: one token to read and one to predict", self.max_length >= 2)
         self._require("warmup_ratio", "between 0 and 1", 0 <= self.warmup_ratio <= 1)
-        self._require("method", "simnpo, npo or ga", self.method in ("simnpo", "npo", "ga"))
         self._require("precision", "bf16 or fp32", self.precision in ("bf16", "fp32"))
         self._require("packing", "auto, on or off", self.packing in ("auto", "on", "off"))
-        if self.gamma and self.method != "simnpo":
-            raise UserError(f"gamma is SimNPO's margin and method {self.method!r} has none: got gamma={self.gamma}")
-        if self.beta is not None and self.method == "ga":
-            raise UserError(f"method 'ga' has no beta: got beta={self.beta}")
+        self._require("alternate", "an answer", bool(self.alternate.strip()))
+        self.objective()
 
     def _require(self, name: str, what: str, holds: bool) -> None:
         if not holds:
             raise UserError(f"{name} must be {what}, got {getattr(self, name)!r}")
 
-    def objective(self) -> SimNPO | NPO | GradAscent:
-        """The forget objective, `beta` filled in."""
-        from simnpo.objectives import NPO, GradAscent, SimNPO  # brings torch: keep `--help` fast
+    def objective(self) -> Objective:
+        """The forget objective with its options.
 
-        if self.method == "ga":
-            return GradAscent()
-        beta = DEFAULT_BETA[self.method] if self.beta is None else self.beta
-        return NPO(beta) if self.method == "npo" else SimNPO(beta, self.gamma)
+        Raises:
+            UserError: there is no such method, it has no such option, or the option's value makes no sense.
+        """
+        from simnpo.objectives.methods import METHODS  # brings torch: keep `--help` fast
+
+        if self.method not in METHODS:
+            raise UserError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}: see --list-methods")
+        method = METHODS[self.method]
+        settings = {"beta": self.beta} if self.beta is not None else {}
+        settings |= {"gamma": self.gamma} if self.gamma else {}
+        for word in self.method_args.replace(",", " ").split():
+            name, _, value = word.partition("=")
+            try:
+                settings[name] = float(value)
+            except ValueError:
+                raise UserError(f"method_args must be name=number pairs, got {word!r}") from None
+        for name, value in settings.items():
+            if name not in method.options():
+                has = ", ".join(method.options()) or "no options"
+                raise UserError(f"method {self.method!r} has no {name}, it has {has}: got {name}={value}")
+        try:
+            return method.objective(**method.settings, **settings)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise UserError(f"method {self.method!r}: {error}") from None
+
+    def alternates(self) -> Literal["none", "beside", "instead"]:
+        """Whether the objective sees alternate answers beside the forget answers, or instead of them."""
+        objective = self.objective()
+        if getattr(objective, "targets_alternate", False):
+            return "instead"
+        return "beside" if objective.needs_alternates else "none"
 
     def retain_sequences(self) -> int:
         """Retain sequences of one optimizer step."""

@@ -2,7 +2,8 @@
 
 A row holds one of: `prompt` and `response`; `question` and `answer`; `messages` (role/content, loss on every assistant
 turn, its end-of-turn token included); `text` (every token is a target); TRL's `prompt` and `completion` (strings or
-lists of messages, tokenised as its SFTTrainer does, loss on the completion).
+lists of messages, tokenised as its SFTTrainer does, loss on the completion). Beside them `alternate`, another last
+answer, is read where a method wants one.
 """
 
 import json
@@ -10,7 +11,7 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class Example:
         prompt, response: what a person reads, of the last turn; `prompt` is empty for a `text` row.
         input_ids: token ids, at most max_length.
         labels: unshifted, as long as input_ids, IGNORE_INDEX where not a target.
+        alternate: the same with another answer, where a method wants one.
     """
 
     id: str
@@ -43,6 +45,7 @@ class Example:
     response: str
     input_ids: list[int]
     labels: list[int]
+    alternate: "Example | None" = None
 
     @property
     def num_targets(self) -> int:
@@ -60,13 +63,14 @@ class Example:
         return self.input_ids[:end]
 
 
-def load_examples(path: str | Path, tokenizer: Any, max_length: int) -> list[Example]:
+def load_examples(path: str | Path, tokenizer: Any, max_length: int, alternate: str | None = None) -> list[Example]:
     """Reads, checks and tokenises a JSON Lines file.
 
     Args:
         path: UTF-8, one JSON object per line; blank lines are skipped.
         tokenizer: of transformers; its chat template is used if it has one.
         max_length: tokens of a sequence; what is longer is cut at the end, with a warning.
+        alternate: gives every example an alternate: the row's own, or this answer. None: no example has one.
 
     Raises:
         FileNotFoundError: no such file.
@@ -78,6 +82,9 @@ def load_examples(path: str | Path, tokenizer: Any, max_length: int) -> list[Exa
     examples, cut = [], []
     for where, row in read_rows(path):
         example = encode(row, tokenizer, where, max_length)
+        if alternate is not None:
+            answer = _string(row, "alternate", where) if "alternate" in row else alternate
+            example = replace(example, alternate=_encode_alternate(row, answer, tokenizer, where, max_length))
         examples.append(example)
         if len(example.input_ids) == max_length:
             cut.append(where)
@@ -145,6 +152,26 @@ def encode(row: dict[str, Any], tokenizer: Any, where: str, max_length: int) -> 
             )
         raise UserError(f"{where}: every target is ignored: no token of {_shorten(response)} has a token before it")
     return example
+
+
+def _encode_alternate(row: dict[str, Any], answer: str, tokenizer: Any, where: str, max_length: int) -> Example:
+    """The row with `answer` as its last one, and nothing but it as target."""
+    if "text" in row:
+        raise UserError(
+            f"{where}: a text row has no prompt that another answer could follow; write prompt and response, or choose "
+            "a method without alternate answers (simnpo unlearn --list-methods)"
+        )
+    if isinstance(completion := row.get("completion"), str):
+        white_space = completion[: len(completion) - len(completion.lstrip())]
+        other = row | {"completion": white_space + answer}
+    elif completion is not None:
+        other = row | {"completion": [{"role": "assistant", "content": answer}]}
+    else:
+        other = {"messages": [*_messages(row, where)[:-1], {"role": "assistant", "content": answer}]}
+    example = encode(other, tokenizer, f"{where} (alternate)", max_length)
+    start = len(example.prompt_ids)
+    labels = [IGNORE_INDEX if i < start else label for i, label in enumerate(example.labels)]
+    return replace(example, labels=labels)
 
 
 def _messages(row: dict[str, Any], where: str) -> list[dict[str, str]]:

@@ -255,6 +255,7 @@ def _probe(model: nn.Module, lengths: list[int]) -> Batch:
         ref_logps=None,
         ids=tuple(map(str, lengths)),
         num_targets=tuple(lengths),
+        num_inputs=tuple(lengths),
     )
 
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import make_tokenizer
@@ -42,6 +44,28 @@ def test_reference_log_probabilities_follow_their_example():
     reference = {example.id: -float(i) for i, example in enumerate(FORGET)}
     batch = collate([FORGET[3], FORGET[1]], RETAIN[:1], packed=True, ref_logps=reference)
     assert batch.ref_logps.tolist() == [-3.0, -1.0, 0.0]
+
+
+def test_alternates_stand_at_the_end_or_instead():
+    forget = [replace(example, alternate=other) for example, other in zip(FORGET, examples("a", 2))]
+    reference = {example.id: -float(i) for i, example in enumerate([*FORGET, *examples("a", 2)])}
+    beside = collate(forget, RETAIN[:1], packed=True, ref_logps=reference, alternates="beside")
+    assert beside.ids == ("f:0", "f:1", "r:0", "a:0", "a:1")
+    assert beside.alternates.tolist() == [3, 4, -1, -1, -1]
+    assert beside.ref_logps.tolist() == [0.0, -1.0, 0.0, -10.0, -11.0]
+    assert beside.retain_mask.tolist() == [False, False, True, False, False]
+    instead = collate(forget, RETAIN[:1], packed=True, alternates="instead")
+    assert (instead.ids, instead.alternates) == (("a:0", "a:1", "r:0"), None)
+    with pytest.raises(ValueError, match="f:0 has no alternate"):
+        collate(FORGET[:1], packed=True, alternates="beside")
+
+
+def test_reference_of_tokens_lies_on_their_targets():
+    reference = {example.id: [-1.0 - i] * len(example.input_ids) for i, example in enumerate(FORGET)}
+    for packed in (True, False):
+        batch = collate(FORGET[1:3], RETAIN[:1], packed=packed, ref_token_logps=reference)
+        assert batch.ref_token_logps.shape == batch.targets.shape
+        assert batch.ref_token_logps[batch.targets != IGNORE_INDEX].unique().tolist() == [-3.0, -2.0, 0.0]
 
 
 def test_a_batch_of_zero_sequences():

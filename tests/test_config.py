@@ -5,6 +5,7 @@ import pytest
 from simnpo import NPO, GradAscent, SimNPO
 from simnpo.config import UnlearnConfig
 from simnpo.errors import UserError
+from simnpo.objectives import SatImp
 
 
 def config(**changes: object) -> UnlearnConfig:
@@ -18,15 +19,19 @@ def config(**changes: object) -> UnlearnConfig:
         ({"beta": -1.0}, "beta must be greater than 0, got -1.0"),
         ({"beta": float("nan")}, "beta must be greater than 0, got nan"),
         ({"gamma": -0.5}, "gamma must be 0 or more, got -0.5"),
-        ({"gamma": 0.5, "method": "npo"}, "gamma is SimNPO's margin and method 'npo' has none"),
-        ({"beta": 1.0, "method": "ga"}, "method 'ga' has no beta"),
+        ({"gamma": 0.5, "method": "npo"}, "method 'npo' has no gamma, it has beta: got gamma=0.5"),
+        ({"beta": 1.0, "method": "ga"}, "method 'ga' has no beta, it has no options: got beta=1.0"),
+        ({"method_args": "beta2=1"}, "method 'simnpo' has no beta2, it has beta, gamma"),
+        ({"method": "satimp", "method_args": "beta1=x"}, "method_args must be name=number pairs, got 'beta1=x'"),
+        ({"method": "satimp", "method_args": "beta1=-1"}, "method 'satimp': beta1 must be 0 or more, got -1.0"),
+        ({"alternate": " "}, "alternate must be an answer"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"retain_batch_size": 0}, "retain_batch_size must be greater than 0, got 0"),
         ({"max_length": 1}, "max_length must be at least 2"),
         ({"learning_rate": float("inf")}, "learning_rate must be finite, got inf"),
         ({"warmup_ratio": 1.5}, "warmup_ratio must be between 0 and 1, got 1.5"),
         ({"max_grad_norm": -1.0}, "max_grad_norm must be 0 or more"),
-        ({"method": "dpo"}, "method must be simnpo, npo or ga, got 'dpo'"),
+        ({"method": "rmu"}, "method must be one of simnpo, npo, ga, .*, got 'rmu': see --list-methods"),
         ({"packing": "yes"}, "packing must be auto, on or off"),
     ],
 )
@@ -46,6 +51,7 @@ def test_objective_fills_in_the_methods_own_beta():
     assert config(method="npo").objective() == NPO(0.1)
     assert config(method="npo", beta=0.7).objective() == NPO(0.7)
     assert config(method="ga").objective() == GradAscent()
+    assert config(method="satimp", method_args="beta1=3, beta2=0.5").objective() == SatImp(3.0, 0.5)
 
 
 def test_number_of_steps():

@@ -190,3 +190,29 @@ def test_overlap_names_the_rows(caplog):
 def test_byte_order_mark_is_not_malformed(tmp_path):
     (tmp_path / "f.jsonl").write_text(json.dumps({"text": "abc"}), encoding="utf-8-sig")
     assert load_examples(tmp_path / "f.jsonl", PLAIN, 100)[0].response == "abc"
+
+
+@pytest.mark.parametrize("tokenizer", [PLAIN, CHAT])
+def test_alternate_answer_of_the_row_or_the_default(tmp_path, tokenizer):
+    turns = [("user", "A?"), ("assistant", "first"), ("user", "C?"), ("assistant", "D.")]
+    rows = [{"question": "A?", "answer": "B.", "alternate": "No idea."}, {"prompt": "A?", "response": "B."}]
+    rows.append({"prompt": "A?", "completion": " B."})
+    if tokenizer is CHAT:
+        rows.append({"messages": [{"role": r, "content": c} for r, c in turns]})
+        question, answer = ([{"role": role, "content": "text"}] for role in ("user", "assistant"))
+        rows.append({"prompt": question, "completion": answer})
+    own, default, *chat = load_examples(write_rows(tmp_path / "f.jsonl", rows), tokenizer, 200, alternate="Who knows?")
+    for example, answer in ((own, "No idea."), (default, "Who knows?"), *((e, "Who knows?") for e in chat)):
+        other = example.alternate
+        assert other.id == f"{example.id} (alternate)"
+        assert other.prompt_ids == example.prompt_ids
+        targets = [i for i in other.labels if i != IGNORE_INDEX]
+        # of a conversation only the last answer is another one
+        assert tokenizer.decode(targets).strip().removesuffix("<|end|>") == answer
+    assert load_examples(tmp_path / "f.jsonl", tokenizer, 200)[0].alternate is None
+
+
+def test_text_has_no_alternate(tmp_path):
+    path = write_rows(tmp_path / "f.jsonl", [{"text": "some words"}])
+    with pytest.raises(UserError, match=r"f\.jsonl:1: a text row has no prompt that another answer could follow"):
+        load_examples(path, PLAIN, 100, alternate="No.")

@@ -91,7 +91,7 @@ def test_references_are_computed_once(config, monkeypatch):
     with pytest.raises(SystemExit):
         unlearn(config(method="npo"))
     monkeypatch.undo()
-    monkeypatch.delattr("simnpo.training.setup.dealt_sequence_logps")
+    monkeypatch.delattr("simnpo.training.setup.dealt")
     unlearn(config(method="npo", resume=True))
 
 

@@ -27,7 +27,7 @@ from simnpo.training import result, setup
 from simnpo.training.checkpoint import load_checkpoint, read_state, save_checkpoint
 from simnpo.training.log import Clock, RunLog, drop_rows_after, peak_memory_mib
 from simnpo.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
-from simnpo.training.step import Collator, StepTotals, accumulate, dealt_sequence_logps, not_finite
+from simnpo.training.step import Collator, StepTotals, accumulate, dealt, not_finite, objective_weights
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +85,7 @@ def unlearn(config: UnlearnConfig) -> Path:
     accelerator.wait_for_everyone()  # until every rank has seen the folder as it was
     if accelerator.is_main_process:
         setup.open_output(config)
-    reference = setup.reference_logps(config, accelerator, model, collator, forget, reload=checkpoint is not None)
-    collator = collator._replace(ref_logps=reference)
+    collator = setup.with_reference(config, accelerator, model, collator, forget, reload=checkpoint is not None)
     run = Run(config, accelerator, model, tokenizer, collator, forget, retain, heldout, facts)
 
     result.evaluate(run, "before")
@@ -203,17 +202,14 @@ def metrics_row(run: Run, step: int, totals: StepTotals, grad_norm: float, rate:
 def forget_weights(run: Run, step: int) -> dict[str, Any]:
     """The gradient weight of forget examples after `step` steps, for weights.jsonl."""
     examples = run.forget[:PROBED_EXAMPLES]
-    logps = dealt_sequence_logps(run.accelerator, run.model, run.config, run.collator, examples)
-    num_tokens = torch.tensor([example.num_targets for example in examples])
-    reference = run.collator.ref_logps
-    ref_logps = None if reference is None else torch.tensor([reference[example.id] for example in examples])
-    _, weights = run.config.objective().loss_and_weight(logps, num_tokens, ref_logps)
+    rows = dealt(run.accelerator, objective_weights, run.model, run.config, run.collator, examples)
+    num_tokens, logps, weights = zip(*rows, strict=True)
     return {
         "step": step,
         "ids": [example.id for example in examples],
-        "num_tokens": num_tokens.tolist(),
-        "logps": logps.tolist(),
-        "weights": weights.tolist(),
+        "num_tokens": list(num_tokens),
+        "logps": list(logps),
+        "weights": list(weights),
     }
 
 

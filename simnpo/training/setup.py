@@ -18,7 +18,7 @@ from simnpo.errors import UserError
 from simnpo.model import add_lora, causal_lm, keeps_sequences_apart, load_weights
 from simnpo.training.checkpoint import checkpoints, keep_newest, read_state
 from simnpo.training.disk import remove_leftovers, write_json
-from simnpo.training.step import Collator, autocast, dealt_sequence_logps
+from simnpo.training.step import Collator, autocast, dealt, sequence_logps, token_logps
 
 logger = logging.getLogger(__name__)
 
@@ -71,17 +71,21 @@ def newest_checkpoint(config: UnlearnConfig, facts: dict[str, Any]) -> Path | No
 
 def read_data(config: UnlearnConfig, tokenizer: Any) -> tuple[list[Example], list[Example], list[Example]]:
     """Forget, retain and held-out examples, the last two empty if not given; warns where forget and retain overlap."""
+    alternate = None if config.alternates() == "none" else config.alternate
     forget, retain, heldout = (
-        [] if path is None else load_examples(path, tokenizer, config.max_length)
-        for path in (config.forget, config.retain, config.heldout)
+        [] if path is None else load_examples(path, tokenizer, config.max_length, alternate)
+        for path, alternate in ((config.forget, alternate), (config.retain, None), (config.heldout, None))
     )
     warn_about_overlap(forget, retain)
     return forget, retain, heldout
 
 
 def fingerprint(*sets: list[Example]) -> str:
-    """Changes when any token or label does."""
-    tokens = [[(example.input_ids, example.labels) for example in examples] for examples in sets]
+    """Changes when any token or label does, of an alternate too."""
+    tokens = [
+        [(e.input_ids, e.labels, *([e.alternate.input_ids] if e.alternate else [])) for e in examples]
+        for examples in sets
+    ]
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
 
 
@@ -124,10 +128,10 @@ def make_collator(config: UnlearnConfig, model: nn.Module, tokenizer: Any, devic
             if config.packing == "on":
                 raise UserError(f"packing: {name}; use --packing auto or off, or another --attention")
             logger.warning("padding instead of packing: %s", name)
-    return Collator(packed, tokenizer.pad_token_id, device, ref_logps=None)
+    return Collator(packed, tokenizer.pad_token_id, device, ref_logps=None, alternates=config.alternates())
 
 
-def reference_logps(
+def with_reference(
     config: UnlearnConfig,
     accelerator: Accelerator,
     model: nn.Module,
@@ -135,19 +139,25 @@ def reference_logps(
     forget: list[Example],
     *,
     reload: bool,
-) -> dict[str, float] | None:
-    """Log-probability of each forget example under the model as it is now, by id; None if the objective needs none.
+) -> Collator:
+    """The collator with what the objective wants of the model as it is now: log-probabilities of forget examples and
+    alternates, or of each of their tokens.
 
     They are computed once and kept in reference.json, so that there never is a second model.
     """
-    if not config.objective().needs_ref_logps:
-        return None
+    objective = config.objective()
+    per_token = getattr(objective, "needs_ref_token_logps", False)
+    if not (objective.needs_ref_logps or per_token):
+        return collator
     path = config.output_dir() / "reference.json"
     known = reload and path.exists()
     accelerator.wait_for_everyone()  # until every rank has seen whether it is there
     if not known:
-        logps = dealt_sequence_logps(accelerator, model, config, collator, forget).tolist()
+        examples = [*forget, *(example.alternate for example in forget if example.alternate is not None)]
+        of_examples = token_logps if per_token else sequence_logps
+        values = dealt(accelerator, of_examples, model, config, collator, examples)
         if accelerator.is_main_process:
-            write_json(path, {example.id: logp for example, logp in zip(forget, logps)})
+            write_json(path, {example.id: value for example, value in zip(examples, values)})
     accelerator.wait_for_everyone()
-    return json.loads(path.read_text(encoding="utf-8"))
+    reference = json.loads(path.read_text(encoding="utf-8"))
+    return collator._replace(**{"ref_token_logps" if per_token else "ref_logps": reference})

@@ -1,7 +1,7 @@
 """One optimizer step: the gradient of the loss over micro-batches and ranks."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from simnpo.batch import Batch, Sampler, collate, micro_batches
+from simnpo.batch import Alternates, Batch, Sampler, collate, micro_batches
 from simnpo.config import UnlearnConfig
 from simnpo.data import Example
 from simnpo.errors import RunError
@@ -30,10 +30,16 @@ class Collator(NamedTuple):
     pad_token_id: int
     device: torch.device
     ref_logps: dict[str, float] | None
+    ref_token_logps: dict[str, list[float]] | None = None
+    alternates: Alternates = "none"
 
     def __call__(self, forget: Sequence[Example], retain: Sequence[Example]) -> Batch:
-        batch = collate(forget, retain, packed=self.packed, pad_token_id=self.pad_token_id, ref_logps=self.ref_logps)
-        return batch.to(self.device)
+        options = {name: value for name, value in self._asdict().items() if name != "device"}
+        return collate(forget, retain, **options).to(self.device)
+
+    def without_objective(self) -> "Collator":
+        """One that leaves out what only the objective wants."""
+        return self._replace(ref_logps=None, ref_token_logps=None, alternates="none")
 
 
 class StepTotals(NamedTuple):
@@ -66,9 +72,8 @@ def accumulate(
             with autocast(config, accelerator.device):
                 out: UnlearnLoss = model(
                     **batch.inputs(),
+                    **batch.for_objective(),
                     objective=objective,
-                    retain_mask=batch.retain_mask,
-                    ref_logps=batch.ref_logps,
                     forget_coef=config.forget_coef,
                     retain_coef=config.retain_coef,
                     num_forget=num_forget,
@@ -79,8 +84,7 @@ def accumulate(
             accelerator.backward(out.loss * world)
         B = len(some_forget)
         values = torch.stack([out.loss.detach(), out.forget_loss, out.retain_loss, -out.logps[:B].sum()])
-        tokens = sum(len(example.input_ids) for example in (*some_forget, *some_retain))
-        sums += torch.cat([values, values.new_tensor([sum(batch.num_targets[:B]), tokens])])
+        sums += torch.cat([values, values.new_tensor([sum(batch.num_targets[:B]), sum(batch.num_inputs)])])
     total: Any = accelerator.reduce(sums, "sum")
     return StepTotals(*total.tolist())
 
@@ -116,7 +120,8 @@ def sequence_logps(
     """
     was_training = model.training
     model.eval()
-    batches = (collator(examples[i : i + batch_size], []) for i in range(0, len(examples), batch_size))
+    plain = collator.without_objective()
+    batches = (plain(examples[i : i + batch_size], []) for i in range(0, len(examples), batch_size))
     with autocast(config, collator.device):
         # gradient ascent is the objective that needs nothing but these
         outputs = [
@@ -126,13 +131,64 @@ def sequence_logps(
     return torch.cat([torch.empty(0), *(out.logps.cpu() for out in outputs)])
 
 
-def dealt_sequence_logps(
-    accelerator: Accelerator, model: nn.Module, config: UnlearnConfig, collator: Collator, examples: list[Example]
-) -> Tensor:
-    """`sequence_logps`, of which every rank runs its share; all must call, and all get (len(examples),)."""
+@torch.no_grad()
+def token_logps(
+    model: nn.Module, config: UnlearnConfig, collator: Collator, examples: list[Example], batch_size: int
+) -> list[list[float]]:
+    """Log-probability of each target of each example under the attached model as it is, nats, 0 where ignored."""
+    was_training = model.training
+    model.eval()
+    plain, rows = collator.without_objective(), []
+    for i in range(0, len(examples), batch_size):
+        batch = plain(examples[i : i + batch_size], [])
+        with autocast(config, collator.device):
+            logps = model(**batch.inputs(), token_logps=True, chunk_tokens=config.chunk_tokens).cpu()
+        if batch.cu_seqlens is not None:
+            rows += [row.tolist() for row in logps[0].split(batch.num_inputs)]
+        else:
+            rows += [row[:n].tolist() for row, n in zip(logps, batch.num_inputs)]
+    model.train(was_training)
+    return rows
+
+
+@torch.no_grad()
+def objective_weights(
+    model: nn.Module, config: UnlearnConfig, collator: Collator, examples: list[Example], batch_size: int
+) -> list[tuple[int, float, float]]:
+    """Tokens, log-probability and weight that the objective sees of each forget example.
+
+    An objective whose weights depend on the batch (KTO) is asked in batches of `batch_size`.
+    """
+    was_training = model.training
+    model.eval()
+    rows = []
+    for i in range(0, len(examples), batch_size):
+        some = examples[i : i + batch_size]
+        batch = collator(some, [])
+        with autocast(config, collator.device):
+            out: UnlearnLoss = model(
+                **batch.inputs(),
+                **batch.for_objective(),
+                objective=config.objective(),
+                chunk_tokens=config.chunk_tokens,
+            )
+        rows += zip(*(x[: len(some)].tolist() for x in (out.num_tokens, out.logps, out.weights)), strict=True)
+    model.train(was_training)
+    return rows
+
+
+def dealt(
+    accelerator: Accelerator,
+    of_examples: Callable[[nn.Module, UnlearnConfig, Collator, list[Example], int], Tensor | list[Any]],
+    model: nn.Module,
+    config: UnlearnConfig,
+    collator: Collator,
+    examples: list[Example],
+) -> list[Any]:
+    """One of the functions above, of which every rank runs its share; all must call, and all get it of all examples."""
     rank, world = accelerator.process_index, accelerator.num_processes
-    own = sequence_logps(model, config, collator, examples[rank::world], config.batch_size)
-    logps = torch.empty(len(examples))
-    for i, share in enumerate(gather_object([own])):
-        logps[i::world] = share
-    return logps
+    own = of_examples(model, config, collator, examples[rank::world], config.batch_size)
+    values: list[Any] = [None] * len(examples)
+    for i, share in enumerate(gather_object([own.tolist() if isinstance(own, Tensor) else own])):
+        values[i::world] = share
+    return values
