@@ -266,7 +266,20 @@ def test_repeats_are_averaged_on_the_page():
     page = curves.page({"model": "m", "forget": "f", "settings": {}, "versions": {}})
     assert "| unlearned | random | 0 | 1.5 |" in page
     assert "never there" not in page
-    assert curves.picture().startswith(b"\x89PNG")
+    (axes,) = curves.figure().axes
+    # two repeats and their mean
+    assert [line.get_ydata()[0] for line in axes.lines] == [1.0, 2.0, 1.5]
+    assert axes.get_legend_handles_labels()[1] == ["unlearned, random"]
+
+
+def test_every_score_has_its_picture():
+    scores = {f"score{i}": f"score {i}" for i in range(4)}
+    rows = [
+        {"model": m, "bits": b, **dict.fromkeys(scores, 0.5)} for m in ("unlearned", "retrained") for b in ("8", "4")
+    ]
+    figure = Curves("Title", ("bits", "bits"), scores, (), rows).figure()
+    assert [axes.get_ylabel() for axes in figure.axes] == list(scores.values())
+    assert all(len(axes.lines) == 4 for axes in figure.axes)
 
 
 def test_without_wrong_answers_there_is_no_truth_ratio(subject):

@@ -4,7 +4,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from simnpo import metrics
 from simnpo.evaluation.measures import Measures, measure
@@ -13,8 +13,12 @@ from simnpo.evaluation.results import facts, markdown_table
 from simnpo.evaluation.subject import Subject
 from simnpo.report.plots import THEMES
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 UNLEARNED, RETRAINED = "unlearned", "retrained"
 COLOURS = dict(zip((UNLEARNED, RETRAINED), THEMES["light"]["colours"]))
+MAX_COLUMNS = 3  # of a picture
 
 Row = dict[str, Any]
 
@@ -59,20 +63,33 @@ class Curves:
         return averaged
 
     def picture(self) -> bytes:
-        """Every score along the strength, as PNG: a line a model and group, repeats thin."""
+        """`figure` as PNG."""
+        png = io.BytesIO()
+        self.figure().savefig(png, dpi=100, format="png")
+        return png.getvalue()
+
+    def figure(self) -> "Figure":
+        """Every score along the strength: a line a model and group, repeats thin."""
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
 
         shown = [key for key in self.scores if any(row.get(key) is not None for row in self.rows)]
-        figure = Figure(figsize=(4.2 * len(shown), 3.4), layout="constrained")
-        for axes, key in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
+        columns = min(len(shown), MAX_COLUMNS)
+        lines = -(-len(shown) // columns)
+        figure = Figure(figsize=(3.6 * columns, 3.0 * lines), layout="constrained")
+        grid = figure.subplots(lines, columns, squeeze=False).flatten()
+        for axes in grid[len(shown) :]:
+            axes.remove()
+        for axes, key in zip(grid, shown):
             self._draw(axes, self.rows, key, thin=True)
             self._draw(axes, self._averaged(), key, thin=False)
-            axes.set(xlabel=self.strength[1], ylabel=self.scores[key])
-            axes.set_ylim(bottom=0)
+            axes.set_xlabel(self.strength[1])
+            axes.set_ylabel(self.scores[key], fontsize=8)
+            axes.set_ylim(0, 1.04)  # every score is between 0 and 1
+            if not any(isinstance(row[self.strength[0]], str) for row in self.rows):
+                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.axes[0].legend(frameon=False, fontsize=8)
-        png = io.BytesIO()
-        figure.savefig(png, dpi=100, format="png")
-        return png.getvalue()
+        return figure
 
     def _draw(self, axes: Any, rows: Sequence[Row], key: str, *, thin: bool) -> None:
         style: dict[str, Any] = {"linewidth": 0.6, "alpha": 0.4} if thin else {"linewidth": 1.8, "marker": "o"}
