@@ -84,8 +84,8 @@ def tofu_plot(scores: list[TofuScores], theme: str) -> bytes:
         for i, one in enumerate(scores):
             quality, utility = one.forget_quality or 0.0, one.model_utility or 0.0
             axes.plot(
-                utility, math.log10(max(quality, 1e-300)), MARKERS[i % len(MARKERS)],
-                color=colours[i // len(MARKERS) % len(colours)], markersize=8, label=one.name, linestyle="none",
+                utility, math.log10(max(quality, 1e-300)), MARKERS[(i + i // len(colours)) % len(MARKERS)],
+                color=colours[i % len(colours)], markersize=8, label=one.name, linestyle="none",
             )  # fmt: skip
         axes.axhline(math.log10(0.05), color=THEMES[theme]["ink"], linewidth=0.8, linestyle=":")
         axes.set_xlabel("model utility")
