@@ -2,16 +2,21 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from conftest import make_model, make_tokenizer, write_rows
 from ranks import PASSED, run_on_ranks
 from safetensors.torch import load_file
 from test_attached_model import RETAIN, make, make_batch
@@ -148,6 +153,35 @@ def check_context_parallel():
         attach(model)(input_ids=ids[0], labels=ids[0], sequence_group=dist.group.WORLD, **options)
 
 
+def check_a_resumed_run():
+    """To the same bits, also where more than two numbers are added up, in an order that is the engine's."""
+    folder, rank, world = [tempfile.mkdtemp()], dist.get_rank(), dist.get_world_size()
+    dist.broadcast_object_list(folder)
+    files = {name: Path(folder[0]) / name for name in ("model", "forget.jsonl", "retain.jsonl", "whole", "resumed")}
+    if rank == 0:
+        make_model().save_pretrained(files["model"])
+        make_tokenizer().save_pretrained(files["model"])
+        for name in ("forget.jsonl", "retain.jsonl"):
+            write_rows(files[name], [{"prompt": f"{name} {i}?", "response": f"{name} {i}" * (i + 1)} for i in range(9)])
+    dist.barrier()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    config = UnlearnConfig(
+        model=str(files["model"]), forget=str(files["forget.jsonl"]), retain=str(files["retain.jsonl"]),
+        output=str(files["whole"]), max_steps=4, batch_size=6, learning_rate=1e-3, save_steps=1, keep_checkpoints=9,
+        eval_examples=3, cpu=True,
+    )  # fmt: skip
+    unlearn(config)
+    if rank == 0:
+        done = ("report.html", "model", *(f"checkpoints/step-0000000{step}" for step in (3, 4)))
+        shutil.copytree(files["whole"], files["resumed"])
+        for name in done:
+            remove = shutil.rmtree if (files["resumed"] / name).is_dir() else os.remove
+            remove(files["resumed"] / name)
+    dist.barrier()
+    unlearn(replace(config, output=str(files["resumed"]), resume=True))
+    assert outcome(files["resumed"]) == outcome(files["whole"])
+
+
 def check_a_head_that_fsdp_has_sharded_is_not_used_outside():
     rank = dist.get_rank()
     model = make("llama")
@@ -202,14 +236,20 @@ CHECKS = [
 ]
 
 
+ON_FOUR = [check_a_resumed_run]
+
+
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda world: f"{world}")
 def outcomes(request, tmp_path_factory):
-    return run_on_ranks(request.param, CHECKS, tmp_path_factory.mktemp(f"world{request.param}"))
+    checks = CHECKS + (ON_FOUR if request.param == 4 else [])
+    return run_on_ranks(request.param, checks, tmp_path_factory.mktemp(f"world{request.param}"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_attached_model_on_several_processes(outcomes, check):
+@pytest.mark.parametrize("check", [*CHECKS, *ON_FOUR], ids=lambda check: check.__name__)
+def test_on_several_processes(outcomes, check):
+    if check.__name__ not in outcomes:
+        pytest.skip("runs on 4 processes")
     assert outcomes[check.__name__] == PASSED, outcomes[check.__name__]
 
 
@@ -317,3 +357,9 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch, model
         pytest.skip("with a GPU accelerate waits for the other process")
     with pytest.raises(UserError, match=r"2 processes were launched and accelerate found no accelerator.*add --cpu"):
         unlearn(UnlearnConfig(model=str(model_dir), forget=str(forget_file), output=str(tmp_path / "run")))
+
+
+def test_engines_that_shard_the_model_are_refused(monkeypatch, model_dir, forget_file, tmp_path):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(UserError, match=r"accelerate is set to FSDP.* the whole model on every rank.*simnpo\.attach"):
+        unlearn(UnlearnConfig(model=str(model_dir), forget=str(forget_file), output=str(tmp_path / "run"), cpu=True))

@@ -9,15 +9,18 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.distributed as dist
+from formulas import EVERY, batch_loss
 from numerics import REGIMES, regime_operands, relative_error
 from ranks import PASSED, run_on_ranks, shard
 from test_linear_unlearn_loss import COEFS, HEAD, OBJECTIVES, UPSTREAM, plain_loss, ragged
+from test_objective_terms import batch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from simnpo import SimNPO, linear_logps, linear_unlearn_loss
 from simnpo.kernels.linear_logps import linear_logps_torch
+from simnpo.objectives import KTO, RowObjective
 
 V_SIZES = {2: [40, 13], 4: [20, 1, 29, 3]}  # rows of the head on each rank, 53 in all
 T_SIZES = {2: [4, 5], 4: [2, 1, 3, 3]}  # positions of a sequence on each rank, 9 in all
@@ -165,6 +168,42 @@ def check_split_sequences():
                 torch.testing.assert_close(getattr(out, name), getattr(whole, name), msg=name)
             own = [None if grads[0] is None else shard(grads[0], sizes, 1), *grads[1:]]
             assert_gradients([h.grad, world_sum(w.grad), world_sum(b.grad)], own)
+
+
+def check_every_objective():
+    """Its formula on all the logits, against shards of the vocabulary and slices of the sequences."""
+    vocabulary, positions = V_SIZES[dist.get_world_size()], T_SIZES[dist.get_world_size()]
+    for objective in EVERY:
+        for wanted, chunk_tokens, weighted in (("hw", 5, False), ("hw", 40, True), ("h", 7, False)):
+            tensors, targets, extras = batch(objective)
+            if weighted and not isinstance(objective, KTO):
+                extras["token_weights"] = torch.rand(targets.shape, dtype=torch.float64)
+            h, w = leaves(tensors[:2], wanted)
+            loss = batch_loss(objective, h @ w.T, targets, **extras, **COEFS)
+            (loss * UPSTREAM).backward()
+            exact = [h.grad, w.grad]
+
+            if not isinstance(objective, RowObjective):
+                h, w = leaves((tensors[0], shard(tensors[1], vocabulary)), wanted)
+                out = linear_unlearn_loss(
+                    h, w, targets, objective, chunk_tokens=chunk_tokens, vocab_group=dist.group.WORLD, **extras, **COEFS
+                )  # fmt: skip
+                (out.loss * UPSTREAM).backward()
+                assert abs(out.loss - loss) <= TOLERANCE * abs(loss), objective
+                own = [exact[0], None if exact[1] is None else shard(exact[1], vocabulary)]
+                assert_gradients([h.grad, w.grad], own)
+
+            for name in ("ref_token_logps", "token_weights"):
+                if name in extras:
+                    extras[name] = shard(extras[name], positions, 1)
+            h, w = leaves((shard(tensors[0], positions, 1), tensors[1]), wanted)
+            out = linear_unlearn_loss(
+                h, w, shard(targets, positions, 1), objective, chunk_tokens=chunk_tokens,
+                sequence_group=dist.group.WORLD, **extras, **COEFS,
+            )  # fmt: skip
+            (out.loss * UPSTREAM).backward()
+            assert abs(out.loss - loss) <= TOLERANCE * abs(loss), objective
+            assert_gradients([h.grad, world_sum(w.grad)], [shard(exact[0], positions, 1), exact[1]])
 
 
 def check_a_rank_without_tokens():
@@ -338,6 +377,7 @@ CHECKS = [
     check_vocabulary_shards_in_triton,
     check_vocabulary_shards_in_half_precision,
     check_split_sequences,
+    check_every_objective,
     check_a_rank_without_tokens,
     check_dtensor_heads,
     check_products_and_collectives,

@@ -148,6 +148,11 @@ def train(run: Run, checkpoint: Path | None) -> Clock:
     sampler = Sampler(run.forget, run.retain, config.batch_size, config.retain_sequences(), config.seed, world)
     model = accelerator.prepare(run.model).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if world > 1 and start < num_steps:
+        # DistributedDataParallel decides after its first backward in which order it adds up from then on: that one is
+        # thrown away, so that the sums of a resumed run round as those of one that was not stopped
+        accumulate(accelerator, model, run.collator, sampler, config, start)
+        optimizer.zero_grad()
 
     clock = Clock(state["tokens"], state["seconds"])
     with RunLog(run.output, start, num_steps, enabled=accelerator.is_main_process) as log, interrupts(world) as stop:
