@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from memory import peak_bytes
 
 from simnpo.kernels.linear_logps import linear_logps
 from simnpo.kernels.linear_target_stats import linear_target_stats, linear_target_stats_torch
@@ -51,3 +52,11 @@ def test_nothing_that_counts():
     stats = linear_target_stats(h, w, torch.full((4,), -100))
     assert not stats.logps.any()
     assert not stats.is_greedy.any()
+
+
+def test_never_more_than_a_chunk_of_logits():
+    N, D, V, chunk = 2048, 4, 3000, 64
+    h, w, targets = operands(N, D, V, torch.float32)
+    peak = peak_bytes(lambda: linear_target_stats(h, w, targets, chunk_tokens=chunk, impl="torch"))
+    # the chunk, its float32 copy in blocks and a few numbers a token; all the logits would be 24 MB
+    assert chunk * V * 4 <= peak < 4 * chunk * V * 4

@@ -10,7 +10,14 @@ from conftest import make_model, make_tokenizer
 
 from simnpo.cli import main
 from simnpo.errors import UserError
-from simnpo.evaluation.muse import first_answer, measure_muse, muse_results, read_muse
+from simnpo.evaluation.muse import (
+    Retrained,
+    first_answer,
+    measure_muse,
+    muse_results,
+    read_muse,
+    retrained_from_results,
+)
 from simnpo.evaluation.subject import Subject
 from simnpo.metrics import membership_auc, rouge_l_f1
 
@@ -90,9 +97,22 @@ def test_from_the_command_line(model_dir, tmp_path, capsys):
     assert "KnowMem on retain" in capsys.readouterr().out
 
 
-def test_leakage_against_the_published_retrained_model():
-    from simnpo.evaluation.muse import Retrained
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not results.json"),
+        ('{"benchmark": "tofu", "scores": {}}', "has results of tofu, expected muse"),
+        ("[]", "is not results.json"),
+    ],
+)
+def test_results_of_something_else_are_refused(tmp_path, text, message):
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        retrained_from_results(path)
 
+
+def test_leakage_against_the_published_retrained_model():
     results = muse_results({"membership_auc": 0.0062}, {}, Retrained("MUSE News", {"membership_auc": 0.4772}))
     assert results["scores"]["privleak"] == pytest.approx(-98.7, abs=0.01)
     nothing = muse_results({"membership_auc": 0.5}, {}, Retrained("r", {"membership_auc": 0.0}))

@@ -184,11 +184,12 @@ def retrained_from_results(path: Path) -> Retrained:
     """
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        if results["benchmark"] == "muse":
-            return Retrained(str(path), {name: value for name, value in results["scores"].items() if value is not None})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise UserError(f"retain_model: {path} is not results.json of `simnpo evaluate --benchmark muse`")
+        benchmark, scores = results["benchmark"], dict(results["scores"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"retain_model: {path} is not results.json of `simnpo evaluate`") from error
+    if benchmark != "muse":
+        raise UserError(f"retain_model: {path} has results of {benchmark}, expected muse")
+    return Retrained(str(path), {name: value for name, value in scores.items() if value is not None})
 
 
 def muse_results(

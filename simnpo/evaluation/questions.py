@@ -1,11 +1,14 @@
 """Questions with their right answers and, where a file has them, the same in other words and wrong ones."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from simnpo.data import IGNORE_INDEX, Example, encode
 from simnpo.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 Row = tuple[str, dict[str, Any]]  # where it stands, "file:line", and what it holds
 
@@ -78,8 +81,16 @@ def encode_questions(rows: Iterable[Row], tokenizer: Any, max_length: int) -> Qu
         if paraphrased and len(paraphrased) != len(answers):
             lacking = answers[0].id if "paraphrased_answer" in row else where
             raise UserError(f"{lacking}: paraphrased_answer is missing, and other rows of the file have it")
+    _warn_about_cut([*answers, *paraphrased, *(one for wrong in perturbed for one in wrong)], max_length)
     has_wrong = bool(perturbed and perturbed[0])
     return QuestionSet(answers, paraphrased or answers, perturbed if has_wrong else None)
+
+
+def _warn_about_cut(examples: Sequence[Example], max_length: int) -> None:
+    cut = [example.id for example in examples if len(example.input_ids) == max_length]
+    if cut:
+        logger.warning("%d of %d sequences reach max_length=%d and may be cut, the first is %s",
+                       len(cut), len(examples), max_length, cut[0])  # fmt: skip
 
 
 def _answered(question: Any, answer: Any, tokenizer: Any, where: str, max_length: int) -> Example:
