@@ -18,7 +18,7 @@ from simnpo.cli import main
 from simnpo.errors import UserError
 from simnpo.evaluation.measures import measure
 from simnpo.evaluation.questions import encode_questions
-from simnpo.evaluation.subject import Subject
+from simnpo.evaluation.subject import Subject, TargetScores
 from simnpo.metrics import forget_quality, rouge_l_recall
 
 ROWS = [{"question": f"Who is {i}?", "answer": f"It is {'abc' * (7 - i)}."} for i in range(6)]
@@ -93,6 +93,8 @@ def test_rows_of_both_subsets_and_the_model_put_back(subject):
 
 def test_prefixes_against_the_models_own_logits(subject):
     answers = questions().answers
+    for _ in relearn(subject, answers, Relearning(epochs=15, learning_rate=3e-3), seed=0, autocast=nullcontext()):
+        pass
     rows = prefix_rows(subject, answers, name="unlearned", given=[0, 3, 7], max_new_tokens=4)
     assert [row["given"] for row in rows] == [0, 3, 7]
     assert {row["answers"] for row in rows} == {6}
@@ -111,6 +113,7 @@ def test_prefixes_against_the_models_own_logits(subject):
             recalls += rouge_l_recall([reference], [written])
         assert row["probability"] == pytest.approx(np.mean(probabilities), rel=1e-5)
         assert row["rouge_l_recall"] == pytest.approx(np.mean(recalls))
+    assert rows[1]["rouge_l_recall"] > 0
 
 
 def test_a_model_that_knows_the_rest_writes_it_word_for_word(subject):
@@ -123,6 +126,24 @@ def test_a_model_that_knows_the_rest_writes_it_word_for_word(subject):
     assert rows[1]["probability"] > 0.8
     spoiled = questions([ROWS[5] | {"answer": "Nobody knows that"}]).answers
     assert prefix_rows(subject, spoiled, name="m", given=[2])[0]["exact"] == 0.0
+
+
+def test_the_token_that_ends_an_answer_is_no_part_of_it(subject):
+    answers = questions(ROWS[:2]).answers
+
+    class EndsLate(Subject):
+        """Writes both answers and goes on; one token of the second is missed."""
+
+        def score(self, examples, label=""):
+            hits = [np.ones(example.num_targets, dtype=bool) for example in examples]
+            for hit in hits:
+                hit[-1] = False
+            hits[1][3] = False
+            return [TargetScores(np.zeros(len(hit)), hit) for hit in hits]
+
+    late = EndsLate("late", subject.model, subject.tokenizer)
+    rows = prefix_rows(late, answers, name="m", given=[0, 3, 4], max_new_tokens=1)
+    assert [row["exact"] for row in rows] == [0.5, 0.5, 1.0]
 
 
 def test_of_several_turns_the_last_is_prefilled(subject):

@@ -79,6 +79,21 @@ def test_an_answer_ends_where_the_next_question_begins():
     assert first_answer("Paris Question: x\n\n") == "Paris "
 
 
+def test_what_follows_an_answer_does_not_count(tmp_path):
+    class Talks(Subject):
+        """Answers right, and asks itself another question."""
+
+        def answer(self, prompts, max_new_tokens, label=""):
+            words = [self.tokenizer.decode(ids).split("Question: ")[-1] for ids in prompts]
+            return [f"{text.split()[1][:-1]} did\nQuestion: What?\nAnswer: much more" for text in words]
+
+    talks = Talks("talks", make_model(), make_tokenizer())
+    muse = read_muse(str(write_muse(tmp_path)))._replace(verbmem=None, privleak=None)
+    scores, _, written = measure_muse(talks, muse)
+    assert [one.written for one in written[:4]] == ["0 did", "1 did", "2 did", "3 did"]
+    assert scores["knowmem_forget"] == 100.0
+
+
 def test_from_the_command_line(model_dir, tmp_path, capsys):
     data = write_muse(tmp_path / "news")
     base = ["evaluate", "--benchmark=muse", f"--model={model_dir}", f"--data={data}", "--cpu", "--precision=fp32"]

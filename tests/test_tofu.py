@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import make_model, make_tokenizer, write_rows
 
+from simnpo.attacks.relearn import Relearning, relearn
 from simnpo.cli import main
 from simnpo.errors import UserError
 from simnpo.evaluation.measures import measure
@@ -51,6 +53,16 @@ def subject():
     return Subject("tiny", make_model(), make_tokenizer(), batch_size=4)
 
 
+@pytest.fixture(scope="module")
+def taught():
+    """A model that knows some of the answers, so that it writes them and greedy decoding hits some of their tokens."""
+    subject = Subject("taught", make_model(), make_tokenizer(), batch_size=4)
+    examples = encode_questions([(f"f:{i}", question(i)) for i in range(3)], subject.tokenizer, 200).answers
+    for _ in relearn(subject, examples, Relearning(epochs=25, learning_rate=3e-3), seed=0, autocast=nullcontext()):
+        pass
+    return subject
+
+
 def evaluate(model_dir: Path, data: Path, output: Path, *more: str) -> dict:
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in CHANGES.items()]
     options = ["evaluate", "--benchmark=tofu", "--cpu", f"--model={model_dir}", f"--data={data}", f"--output={output}"]
@@ -67,10 +79,11 @@ def nlls_and_hits(subject: Subject, example) -> tuple[list[float], list[bool]]:
     ]
 
 
-def test_measures_are_those_of_the_models_own_logits(subject):
+def test_measures_are_those_of_the_models_own_logits(taught):
+    subject = taught
     rows = [(f"f:{i}", question(i)) for i in range(5)]
     questions = encode_questions(rows, subject.tokenizer, 200)
-    found = measure(subject, {"all": questions}, write=("all",), max_new_tokens=4)["all"]
+    found = measure(subject, {"all": questions}, write=("all",), max_new_tokens=12)["all"]
     for i, example in enumerate(questions.answers):
         nll, hits = nlls_and_hits(subject, example)
         assert found.probability[i] == pytest.approx(math.exp(-np.mean(nll)), rel=1e-5)
@@ -83,6 +96,8 @@ def test_measures_are_those_of_the_models_own_logits(subject):
         assert found.truth_ratio[i] == pytest.approx(math.exp(right - np.mean(wrong)), rel=1e-5)
         among = math.exp(-np.mean(nll)) / (math.exp(-np.mean(nll)) + sum(math.exp(-w) for w in wrong))
         assert found.probability_among_options[i] == pytest.approx(among, rel=1e-5)
+    assert 0 < found.exact_memorization.min() < found.exact_memorization.max()
+    assert found.rouge_l_recall.mean() > 0
     assert found.rouge_l_recall.tolist() == rouge_l_recall([e.response for e in questions.answers], found.written)
 
 
@@ -129,6 +144,9 @@ def test_all_of_it_from_the_command_line(model_dir, tmp_path, capsys):
     assert len(answers) == 22
     mean = np.mean([row["probability"] for row in answers if row["set"] == "forget"])
     assert first["sets"]["forget"]["probability"] == pytest.approx(mean)
+    # of real authors the probability is that among the options, not the answer's own
+    mean = np.mean([row["probability"] for row in answers if row["set"] == "real_authors"])
+    assert first["sets"]["real_authors"]["probability"] > 3 * mean
     ratios = np.array(first["per_question"]["forget"]["truth_ratio"])
     assert first["sets"]["forget"]["truth_ratio"] == pytest.approx(np.minimum(ratios, 1 / ratios).mean())
     page = (tmp_path / "one" / "results.md").read_text()
