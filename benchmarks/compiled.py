@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction
 from simnpo.kernels.column_pass import column_pass
 from simnpo.kernels.head import LogitTransform, RowReductions, RowStats
 from simnpo.kernels.indexed_dot import indexed_dot
+from simnpo.kernels.kl_pass import kl_pass
 from simnpo.kernels.mixed_gradient import mixed_gradient
 from simnpo.kernels.row_pass import row_gradient, row_pass
 from simnpo.kernels.scale_rows import scale_rows
@@ -103,6 +104,8 @@ def chunk_launches(name: str, dtype: torch.dtype, V: int, transform: LogitTransf
         "": lambda: row_pass(logits, targets, stats[0], transform, write_gradient=False),
         " reduce": lambda: row_pass(logits, targets, stats[0], transform, write_gradient=False, reductions=reductions),
         " mix": lambda: mixed_gradient(logits, targets, stats, reductions, mix, transform, logits),
+        " kl write": lambda: kl_pass(logits, torch.empty_like(logits), transform, transform, write_gradient=True),
+        " kl": lambda: kl_pass(logits, torch.empty_like(logits), transform, transform, write_gradient=False),
         " slab": lambda: row_gradient(logits, targets, *stats, transform, logits),
         " columns": lambda: row_gradient(logits, targets, *stats, transform, kept, columns=columns),
         " energy": lambda: column_pass(logits, targets, *stats, transform, None),
@@ -110,7 +113,7 @@ def chunk_launches(name: str, dtype: torch.dtype, V: int, transform: LogitTransf
     }
     plain = not (has_bias or has_softcap) and name != "fp16"
     for what, call in calls.items():
-        disassemble = plain and what in (" write", " reduce", " slab", " mix", " energy")
+        disassemble = plain and what in (" write", " reduce", " slab", " mix", " kl write", " energy")
         yield Launch(flags + what, dtype.itemsize, disassemble, call)
 
 

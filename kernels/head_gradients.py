@@ -11,6 +11,8 @@ Dimension key, here and in the test:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -56,6 +58,12 @@ class HeadGradients:
             if kept is None:
                 logits, chunk = chunk, gradient_buffer(chunk, self.options)
                 passes.row_gradient(logits, targets, *stats, transform, chunk)
+        self.add_products(rows, x, chunk, coefs, kept)
+
+    def add_products(
+        self, rows: slice, x: Tensor, chunk: Tensor, coefs: Tensor | None, kept: KeptColumns | None = None
+    ) -> None:
+        """The products of a chunk whose gradient is there: `chunk`, or the `kept` columns of it and a tail."""
         self._add_dx(rows, chunk, kept, coefs)
         if self.needs[1]:
             self._add_dweight(x, chunk, kept, coefs)
@@ -125,6 +133,31 @@ class HeadGradients:
         # the kept columns are all different: every row of dweight is added to at most once, in any order
         self._dweight.index_add_(0, kept.columns, mm_float32(kept.dz.t(), scaled_x).to(self._dweight.dtype))
         self._tails.append((kept.profile, kept.tail_times(x, coefs)))
+
+
+def keep_for_backward(
+    ctx: Any, gradients: HeadGradients, rows: Tensor, hidden_states: Tensor, weight: Tensor, bias: Tensor | None
+) -> None:
+    """Save finished gradients in the forward of an autograd function; `rows` are those of hidden_states in dx."""
+    dweight, dbias = gradients.dweight(weight.dtype), gradients.dbias(float_dtype(weight))
+    ctx.save_for_backward(gradients.dx, dweight, dbias, rows)
+    ctx.shape, ctx.dtype = hidden_states.shape, hidden_states.dtype
+    ctx.scale_rows = gradients.options.passes.scale_rows
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def scaled_gradients(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What `keep_for_backward` saved, times the upstream gradient: of hidden_states, weight and bias."""
+    dx, dweight, dbias, rows = ctx.saved_tensors
+    dhidden = None
+    if dx is not None:
+        dhidden = torch.zeros(ctx.shape, dtype=ctx.dtype, device=dloss.device)
+        ctx.scale_rows(dx, dloss.expand(len(rows)).contiguous(), dhidden, rows)
+    return (
+        dhidden,
+        None if dweight is None else dweight * dloss.to(dweight.dtype),
+        None if dbias is None else (dbias * dloss).to(ctx.bias_dtype),
+    )
 
 
 def column_sums(chunk: Tensor, kept: KeptColumns | None, coefs: Tensor | None) -> Tensor:

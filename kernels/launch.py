@@ -3,6 +3,7 @@
     kernel         block   lanes/warp   warps   why
     row_pass        8192          512      16   one program a row: 51 registers a thread on sm_90, no spill on six GPUs
     row_gradient    4096          512       8   one program a block of a row: enough of them at any number of rows
+    kl_pass         4096          512       8   two rows at once: half the row pass's block, for its registers
     column_pass     1024          256       4   sums of 64 rows in registers; a wider block spills its two sums
     indexed_dot     2048          512       4   one program a row of the hidden size
     scale_rows      4096          512       8   likewise, bound by memory
@@ -38,6 +39,7 @@ class Launch(NamedTuple):
 
 ROW_PASS = Launch(8192, 512)
 ROW_GRADIENT = Launch(4096, 512)
+KL_PASS = Launch(4096, 512)
 COLUMN_PASS = Launch(1024, 256)
 INDEXED_DOT = Launch(2048, 512)
 SCALE_ROWS = Launch(4096, 512)

@@ -39,7 +39,7 @@ from simnpo.kernels.checks import (
     sequence_bounds,
 )
 from simnpo.kernels.head import HeadOptions, RowReductions
-from simnpo.kernels.head_gradients import HeadGradients
+from simnpo.kernels.head_gradients import HeadGradients, keep_for_backward, scaled_gradients
 from simnpo.kernels.linear_logps import head_chunk, head_options, linear_logps, needs_gradient
 from simnpo.kernels.objective_terms import TokenTerms, is_local, sum_terms, write_terms_gradient
 from simnpo.kernels.parallel import PartialSums, local_head, share_vocab, split_sequences
@@ -161,27 +161,14 @@ class _LinearUnlearnLoss(torch.autograd.Function):
         outputs = reduce_losses(plan, results, forget_coef, retain_coef)
         if gradients.budget is not None:
             outputs = outputs._replace(gradient_error=gradients.budget.relative_error())
-        dweight, dbias = gradients.dweight(weight.dtype), gradients.dbias(plan.coefs.dtype)
-        ctx.save_for_backward(gradients.dx, dweight, dbias, plan.rows)
-        ctx.shape, ctx.dtype, ctx.scale_rows = hidden_states.shape, hidden_states.dtype, options.passes.scale_rows
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        keep_for_backward(ctx, gradients, plan.rows, hidden_states, weight, bias)
         ctx.mark_non_differentiable(*(output for output in outputs[1:] if output is not None))
         return outputs
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, dloss, *_):
-        dx, dweight, dbias, rows = ctx.saved_tensors
-        dhidden = None
-        if dx is not None:
-            dhidden = torch.zeros(ctx.shape, dtype=ctx.dtype, device=dloss.device)
-            ctx.scale_rows(dx, dloss.expand(len(rows)).contiguous(), dhidden, rows)
-        return (
-            dhidden,
-            None if dweight is None else dweight * dloss.to(dweight.dtype),
-            None if dbias is None else (dbias * dloss).to(ctx.bias_dtype),
-            *[None] * 6,
-        )
+        return (*scaled_gradients(ctx, dloss), *[None] * 6)
 
 
 def reduce_losses(plan: SequencePlan, results: SequenceResults, forget_coef: float, retain_coef: float) -> UnlearnLoss:

@@ -10,6 +10,7 @@ from torch import Tensor
 from simnpo.kernels.backend import resolve_impl
 from simnpo.kernels.column_pass import column_pass, column_pass_torch
 from simnpo.kernels.indexed_dot import indexed_dot, indexed_dot_torch
+from simnpo.kernels.kl_pass import kl_pass, kl_pass_torch
 from simnpo.kernels.mixed_gradient import mixed_gradient, mixed_gradient_torch
 from simnpo.kernels.row_pass import row_gradient, row_gradient_torch, row_pass, row_pass_torch
 from simnpo.kernels.scale_rows import scale_rows, scale_rows_torch
@@ -23,14 +24,15 @@ class Passes(NamedTuple):
     row_pass: Callable
     row_gradient: Callable
     mixed_gradient: Callable
+    kl_pass: Callable
     column_pass: Callable
     sequence_pass: Callable
     scale_rows: Callable
 
 
-TRITON = Passes(indexed_dot, row_pass, row_gradient, mixed_gradient, column_pass, sequence_pass, scale_rows)
+TRITON = Passes(indexed_dot, row_pass, row_gradient, mixed_gradient, kl_pass, column_pass, sequence_pass, scale_rows)
 TORCH = Passes(
-    indexed_dot_torch, row_pass_torch, row_gradient_torch, mixed_gradient_torch, column_pass_torch,
+    indexed_dot_torch, row_pass_torch, row_gradient_torch, mixed_gradient_torch, kl_pass_torch, column_pass_torch,
     sequence_pass_torch, scale_rows_torch,
 )  # fmt: skip
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from simnpo import metrics as metrics
     from simnpo.attached_model import attach as attach
+    from simnpo.kernels.linear_kl import linear_kl as linear_kl
     from simnpo.kernels.linear_logps import linear_logps as linear_logps
     from simnpo.kernels.linear_unlearn_loss import UnlearnLoss as UnlearnLoss
     from simnpo.kernels.linear_unlearn_loss import linear_unlearn_loss as linear_unlearn_loss
@@ -25,6 +26,7 @@ _HOME = {
     "SimNPO": "simnpo.objectives",
     "UnlearnLoss": "simnpo.kernels.linear_unlearn_loss",
     "attach": "simnpo.attached_model",
+    "linear_kl": "simnpo.kernels.linear_kl",
     "linear_logps": "simnpo.kernels.linear_logps",
     "linear_unlearn_loss": "simnpo.kernels.linear_unlearn_loss",
     "npo_loss": "simnpo.objectives",

@@ -24,6 +24,7 @@ NARROW = {
     ("_row_pass_kernel", "V=50257"): "rows of an odd vocabulary start anywhere",
     ("_row_gradient_kernel", "V=50257"): "rows of an odd vocabulary start anywhere",
     ("_mixed_gradient_kernel", "V=50257"): "rows of an odd vocabulary start anywhere",
+    ("_kl_pass_kernel", "V=50257"): "rows of an odd vocabulary start anywhere",
     ("_column_pass_kernel", "V=50257"): "rows of an odd vocabulary start anywhere",
     ("_row_gradient_kernel", "columns$"): "gathers single columns",
     ("_column_pass_kernel", "gfx942 (bf16|fp16)"): "four elements a lane: 1024 columns over 4 warps of 64",

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from simnpo.data import IGNORE_INDEX
 from simnpo.objectives.methods import METHODS, describe
 from simnpo.training.loop import unlearn
 from simnpo.training.step import Collator, accumulate, token_logps
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_every_objective_has_a_name():
@@ -34,6 +37,11 @@ def test_list_methods_names_formula_weight_and_source(capsys):
         objective = method.objective
         assert all(fact in entry for fact in (objective.formula, objective.weight, objective.source))
     assert "satimp  (beta1=5, beta2=1)" in text
+
+
+def test_the_readme_has_every_method():
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Objectives")[1].split("\n## ")[0]
+    assert all(f"`{name}`" in section for name in METHODS)
 
 
 def drawn():

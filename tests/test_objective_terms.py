@@ -6,7 +6,7 @@ B sequences, T positions, D hidden size, V vocabulary.
 import pytest
 import torch
 from formulas import EVERY, PAIRS, ROWS, SEQUENCE, TOKENWISE, batch_loss
-from numerics import relative_error
+from numerics import REGIMES, assert_no_worse_than_eager, regime_operands, relative_error
 from torch.utils.flop_counter import FlopCounterMode
 
 from simnpo import linear_unlearn_loss, unlearn_loss
@@ -199,6 +199,29 @@ def test_memorised_tokens_in_half_precision(objective, dtype):
     assert exact[0].isfinite()
     for name, a, e in zip(("loss", "dhidden", "dweight"), gradients(ours, tensors, "hw"), exact):
         assert relative_error(a, e) < max(4 * torch.finfo(dtype).eps, 2e-6), name
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("objective", [*ROWS, Unlikelihood(), SatImp(beta2=0.5)], ids=repr)
+def test_no_worse_than_eager_in_bf16(objective, regime):
+    h, w, targets = regime_operands(regime, N=48, D=64, V=1500)
+    h, w, targets = h.view(4, 12, 64).bfloat16(), w.bfloat16(), targets.view(4, 12)
+    extras = {"retain_mask": torch.tensor([False, True, False, False]), "ref_logps": torch.zeros(4)}
+    extras["ref_token_logps"] = torch.zeros(4, 12)
+
+    def ours(h, w, b):
+        return linear_unlearn_loss(h, w, targets, objective, chunk_tokens=20, **extras)
+
+    def plain(h, w, b):
+        # eager's log-softmax in float32, as every trainer has it
+        return batch_loss(objective, (h @ w.T).to(torch.promote_types(h.dtype, torch.float32)), targets, **extras)
+
+    tensors = h, w, w[:, 0]
+    runs = [
+        gradients(fn, x, "hw") for fn, x in ((ours, tensors), (plain, tensors), (plain, [x.double() for x in tensors]))
+    ]
+    for name, *values in zip(("loss", "dhidden", "dweight"), *runs, strict=True):
+        assert_no_worse_than_eager(*values, f"{regime} {name}", torch.finfo(torch.bfloat16).eps / 2)
 
 
 def test_weights_are_the_mean_derivative():
