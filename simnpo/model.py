@@ -147,6 +147,7 @@ def output_layer(model: nn.Module) -> nn.Linear:
         raise UserError(f"model: cannot find the output head of {type(lm).__name__}; a causal language model is needed")
     if isinstance(head, ModulesToSaveWrapper):
         head = head.modules_to_save[head.active_adapters[0]]
+        _refuse_untied(lm, head)
     if isinstance(head, BaseTunerLayer):
         raise UserError(
             "model: the output head has an adapter, which the fused loss would leave untrained: take it out of "
@@ -161,6 +162,19 @@ def output_layer(model: nn.Module) -> nn.Linear:
             "with its head left out of the quantisation (llm_int8_skip_modules, modules_to_not_convert)"
         )
     return head
+
+
+def _refuse_untied(lm: Any, head: nn.Module) -> None:
+    """A trained copy of a head that is the embedding in the saved file as well, and would be overwritten by it."""
+    embedding = lm.get_input_embeddings()
+    if isinstance(embedding, ModulesToSaveWrapper):
+        embedding = embedding.modules_to_save[embedding.active_adapters[0]]
+    if lm.config.get_text_config().tie_word_embeddings and head.weight is not embedding.weight:
+        raise UserError(
+            "model: its head and its embedding are one weight (tie_word_embeddings), and modules_to_save trains a copy "
+            "of the head alone, which is lost when the model is merged and loaded: pass ensure_weight_tying=True to "
+            "LoraConfig (peft 0.18 and later), or leave the head frozen"
+        )
 
 
 def logit_transform(model: nn.Module) -> tuple[float, float | None]:

@@ -98,6 +98,9 @@ class UnlearnTrainer(Trainer):
         if isinstance(train_dataset, ForgetRetainDataset):
             pad_token_id = getattr(kwargs.get("processing_class"), "pad_token_id", None)
             data_collator = ForgetRetainCollator(data_collator, pad_token_id or 0)
+        if args.gradient_checkpointing and cast(Any, args.gradient_checkpointing_kwargs)["use_reentrant"]:
+            # such a checkpoint passes a gradient on only if its input needs one, which frozen embeddings do not
+            cast(Any, model).enable_input_require_grads()
         self.objective = SimNPO() if objective is None else objective
         _check_objective(self.objective)
         self.forget_coef, self.retain_coef = forget_coef, retain_coef
@@ -280,7 +283,7 @@ def _check_arguments(args: TrainingArguments) -> None:
         # its other kernels are welcome; this one replaces the forward of the model
         args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
     if args.gradient_checkpointing:
-        # with the other kind, a layer whose input needs no gradient has none: adapters on it would stay as they are
+        # transformers 4 has the other default
         given = args.gradient_checkpointing_kwargs
         args.gradient_checkpointing_kwargs = {"use_reentrant": False, **(given if isinstance(given, dict) else {})}
 
