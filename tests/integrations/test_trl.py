@@ -68,9 +68,9 @@ def test_an_attached_model_trains_in_dpo_trainer(tmp_path):
     make_model().save_pretrained(tmp_path / "model")  # where DPOTrainer finds its reference
     losses = []
     for attach in (lambda model: model, simnpo.attach):
-        trainer = trl.DPOTrainer(
-            attach(LlamaForCausalLM.from_pretrained(tmp_path / "model")), args=arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=make_tokenizer()
-        )  # fmt: skip
+        model = attach(LlamaForCausalLM.from_pretrained(tmp_path / "model"))
+        data = datasets.Dataset.from_list(rows)
+        trainer = trl.DPOTrainer(model, args=arguments, train_dataset=data, processing_class=make_tokenizer())
         losses.append(trainer.train().training_loss)
     assert losses[0] == losses[1]
 
