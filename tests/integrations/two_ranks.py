@@ -30,3 +30,4 @@ def run(folder: Path, name: str, accumulation: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     run(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    torch.distributed.destroy_process_group()
