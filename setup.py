@@ -23,8 +23,10 @@ setup(
     install_requires=[
         "torch>=2.8",
         "numpy>=1.26",
-        "transformers>=5.0",
-        "accelerate>=1.1",
+        "packaging>=23",
+        # `make test-oldest` runs the integrations with the oldest of these
+        "transformers>=4.51.3",
+        "accelerate>=1.6",
         "peft>=0.17",
         "safetensors>=0.4",
         *REPORTS,
@@ -41,6 +43,8 @@ setup(
         "harness": ["lm-eval>=0.4.9"],
         # benchmarks straight from the Hugging Face hub
         "hub": ["datasets>=3"],
+        # the trainers and quantisers of other packages that tests/integrations runs
+        "trainers": ["trl>=1.16", "datasets>=3", "bitsandbytes>=0.50; sys_platform == 'linux'"],
         "test": [
             "pytest>=8",
             "pytest-benchmark>=5",

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -17,6 +19,9 @@ from simnpo.errors import UserError
 from simnpo.kernels.parallel import whole
 
 logger = logging.getLogger(__name__)
+
+# what transformers calls the dtype to load weights in
+DTYPE = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
 
 # names under which configurations keep a factor of the logits, and whether the model divides by it
 LOGIT_FACTORS = {
@@ -65,7 +70,7 @@ def load_weights(name_or_path: str, *, dtype: torch.dtype, attention: str | None
     """
     is_gguf = name_or_path.endswith(".gguf")
     # in another dtype transformers would keep the weights of a GGUF file packed
-    options: dict[str, Any] = {"dtype": torch.float32 if is_gguf else dtype}
+    options: dict[str, Any] = {DTYPE: torch.float32 if is_gguf else dtype}
     if attention is not None:
         options["attn_implementation"] = attention
     model = _from_pretrained(AutoModelForCausalLM, name_or_path, **options)
@@ -93,7 +98,8 @@ def _without_quantization(model: PreTrainedModel, dtype: torch.dtype) -> PreTrai
     config = model.config
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")
-    fresh = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=config._attn_implementation)
+    options = {DTYPE: dtype, "attn_implementation": config._attn_implementation}
+    fresh = AutoModelForCausalLM.from_config(config, **options)
     fresh.load_state_dict(model.state_dict())
     fresh.generation_config = model.generation_config
     return fresh
