@@ -82,7 +82,7 @@ def demo_config(method: str, output: str, steps: int, seed: int) -> UnlearnConfi
         model=str(model_file()),
         **{name: str(path) for name, path in SETS.items()},
         output=output,
-        method=method,  # type: ignore[arg-type]
+        method=method,
         max_steps=steps,
         seed=seed,
         batch_size=4,

@@ -63,6 +63,9 @@ def weights_plot(weights: list[dict[str, Any]], theme: str) -> bytes:
         if positive and max(positive) > 20 * min(positive):
             # the smallest positive weights of a forgotten sequence stand for the zeros too
             axes.set_yscale("log") if len(positive) == len(seen) else axes.set_yscale("symlog", linthresh=min(positive))
+        elif min(seen, default=0) < 0:
+            # a method that raises its targets
+            axes.set_ylim(top=0)
         else:
             axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
