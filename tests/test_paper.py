@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from simnpo.benchmarks.paper import weights
+from simnpo.benchmarks.paper import margins, weights
 from simnpo.benchmarks.paper.chains import LEAK, OWN_STATES, STATES, chain, kl_to_truth
 from simnpo.benchmarks.paper.experiment import PARTS, Size, make_data, training_rows
 from simnpo.benchmarks.paper.synthetic import comparison, draw, markdown, retain_kl_when_forgotten, unlearn_both_ways
@@ -91,3 +91,13 @@ def test_weights_start_where_the_formulas_say(model_dir, forget_file, tmp_path):
         assert rows[1]["weights"] != rows[0]["weights"]
     assert "| NPO | 0 | 1 |" in (tmp_path / "weights.md").read_text()
     assert (tmp_path / "weights.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_margins_have_a_line_a_beta_and_a_column_a_gamma():
+    tiny = Size(sequences=64, epochs=1, batch_size=16, hidden=8, blocks=1, unlearn_steps=2, test_sequences=4)
+    found = margins.sweep((1.0, 4.0), (0.0, 2.0), 2, tiny)
+    assert set(found) == {(1.0, 0.0), (1.0, 2.0), (4.0, 0.0), (4.0, 2.0)}
+    assert margins.table({(1.0, 0.0): [0.1, 0.3], (1.0, 2.0): [0.5]}, 2).splitlines()[2] == (
+        "| beta 1 | 0.200 ± 0.141 | 0.500 (1 of 2) |"
+    )
+    assert "not reached (0 of 2)" in margins.table({(1.0, 0.0): []}, 2)
