@@ -197,7 +197,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
             _draw_curves(axes, mine, forget)
             axes.set_title(f"{PARTS[name].title}: {forget}", fontsize=10)
     grid[0, 0].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=72)
+    figure.savefig(path, dpi=60)
 
 
 def _draw_curves(axes: Any, runs: list[dict[str, Any]], forget: str) -> None:

@@ -147,7 +147,7 @@ def draw(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
             axes.set_title(f"{name}, after epoch {epoch}" if epoch else f"{name}, before", fontsize=9)
             axes.set(xlabel="tokens", ylim=(0, None))
         axes_row[0].set_ylabel("weight of a token")
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=60)
 
 
 if __name__ == "__main__":
