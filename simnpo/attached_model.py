@@ -77,7 +77,7 @@ def attach(model: nn.Module, *, verify: bool = True) -> Any:
     Args:
         model: causal language model of transformers, with or without a PEFT adapter.
         verify: measure on a few made-up tokens that head times hidden states are the model's logits. Turn it off only
-            for weights that are not there yet (a meta device).
+            for weights that are not there yet (a meta device), or not in one piece (ZeRO-3 while it loads a model).
 
     Returns:
         `model`, the same object.
@@ -101,11 +101,22 @@ def attach(model: nn.Module, *, verify: bool = True) -> Any:
     if verify:
         if any(parameter.is_meta for parameter in lm.parameters()):
             raise UserError("model: its weights are on the meta device and cannot be checked: pass verify=False")
+        if _is_in_parts(lm):
+            raise UserError(
+                "model: FSDP or DeepSpeed ZeRO-3 has cut its weights into parts, which cannot be checked here: call "
+                "simnpo.attach before that, or pass verify=False"
+            )
         was_training = lm.training
         lm.eval()
         verify_head(lm)
         lm.train(was_training)
     return model
+
+
+def _is_in_parts(lm: nn.Module) -> bool:
+    """Whether only the forward of the whole model puts its weights together."""
+    by_fsdp = any(base.__name__ == "FSDPModule" for base in type(lm).__mro__)
+    return by_fsdp or any(hasattr(parameter, "ds_id") for parameter in lm.parameters())
 
 
 class AttachedHead(nn.Linear):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from formulas import EVERY, batch_loss
+from memory import peak_bytes
 from numerics import REGIMES, regime_operands, relative_error
 from ranks import PASSED, run_on_ranks, shard
 from test_linear_unlearn_loss import COEFS, HEAD, OBJECTIVES, UPSTREAM, plain_loss, ragged
@@ -19,7 +20,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.utils.flop_counter import FlopCounterMode
 
 from simnpo import SimNPO, linear_logps, linear_unlearn_loss
+from simnpo.kernels.chunks import loss_memory_bytes
 from simnpo.kernels.linear_logps import linear_logps_torch
+from simnpo.kernels.row_pass import TORCH_BLOCK_BYTES
 from simnpo.objectives import KTO, RowObjective
 
 V_SIZES = {2: [40, 13], 4: [20, 1, 29, 3]}  # rows of the head on each rank, 53 in all
@@ -331,6 +334,30 @@ def check_products_and_collectives():
             assert +calls == +Counter(expected), (kind, wanted)
 
 
+def check_memory():
+    """Every rank holds what the formula says of its own share, and nothing of the others'."""
+    world, (B, T, D, V) = dist.get_world_size(), (16, 64, 64, 32768)
+    h, w, targets = torch.randn(B, T, D), torch.randn(V, D), torch.randint(0, V, (B, T))
+    for tensor in (h, w, targets):
+        dist.broadcast(tensor, 0)
+    chunk_tokens = B * T // 4
+    own, part = shard(w, [V // world] * world), slice(dist.get_rank() * T // world, (dist.get_rank() + 1) * T // world)
+    for wanted in ("hw", "h"):
+        for kind, operands, y, rows in (
+            ("vocab_group", (h, own), targets, B * T),
+            ("sequence_group", (h[:, part], w), targets[:, part], B * T // world),
+        ):
+            x, weight = leaves(operands, wanted)
+
+            def step(x=x, weight=weight, y=y, kind=kind):
+                out = linear_unlearn_loss(x, weight, y, SimNPO(), chunk_tokens=chunk_tokens, **{kind: dist.group.WORLD})
+                out.loss.backward()
+                return x.grad, weight.grad
+
+            formula = loss_memory_bytes(rows, D, len(weight), chunk_tokens, 4, head_is_trained="w" in wanted)
+            assert peak_bytes(step) <= formula * 1.02 + 3 * TORCH_BLOCK_BYTES["cpu"], (wanted, kind)
+
+
 def check_refusals():
     rank = dist.get_rank()
     (h, w, _), targets, retain_mask, _ = ragged()
@@ -381,6 +408,7 @@ CHECKS = [
     check_a_rank_without_tokens,
     check_dtensor_heads,
     check_products_and_collectives,
+    check_memory,
     check_refusals,
 ]
 ON_FOUR = [check_both_at_once]
