@@ -37,8 +37,6 @@ setup(
         "triton": ["triton>=3.4; sys_platform == 'linux'"],
         "flash": ["flash-attn>=2.6"],
         "gguf": ["gguf>=0.10"],
-        # simnpo attack quantize
-        "quantize": ["torchao>=0.13"],
         # WMDP and MMLU
         "harness": ["lm-eval>=0.4.9"],
         # benchmarks straight from the Hugging Face hub
@@ -52,7 +50,6 @@ setup(
             "hypothesis>=6",
             "build>=1",
             "gguf>=0.10",
-            "torchao>=0.13",
             "triton>=3.4; sys_platform == 'linux'",
         ],
         "lint": ["ruff>=0.9", "pyright[nodejs]>=1.1.390"],

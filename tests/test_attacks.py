@@ -1,6 +1,5 @@
 """Attacks on tiny random models: what they do to the weights, and that their rows are about what they say."""
 
-import importlib.util
 import json
 import math
 from contextlib import nullcontext
@@ -12,7 +11,7 @@ from conftest import make_model, make_tokenizer, write_rows
 
 from simnpo.attacks.curves import Curves, forget_scores
 from simnpo.attacks.prefix import prefix_rows
-from simnpo.attacks.quantize import quantize_rows, restore_weights, round_weights
+from simnpo.attacks.quantize import quantize_rows, restore_weights, round_to_nearest, round_weights
 from simnpo.attacks.relearn import Relearning, nll, picked, relearn, relearn_rows
 from simnpo.cli import main
 from simnpo.errors import UserError
@@ -23,7 +22,6 @@ from simnpo.metrics import forget_quality, rouge_l_recall
 
 ROWS = [{"question": f"Who is {i}?", "answer": f"It is {'abc' * (7 - i)}."} for i in range(6)]
 WRONG = [row | {"paraphrased_answer": row["answer"][3:], "perturbed_answer": ["x", "yz"]} for row in ROWS]
-needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="pip install simnpo[quantize]")
 
 
 @pytest.fixture
@@ -163,7 +161,6 @@ def test_no_answer_that_long(subject):
 # Quantisation
 
 
-@needs_torchao
 @pytest.mark.parametrize("bits", [4, 8])
 def test_weights_are_rounded_to_few_levels_and_restored(bits):
     model = make_model()
@@ -176,15 +173,16 @@ def test_weights_are_rounded_to_few_levels_and_restored(bits):
         rounded = model.get_submodule(name).weight
         groups, exact = rounded.reshape(-1, 16), weight.reshape(-1, 16)
         largest = exact.abs().amax(1, keepdim=True)
-        # half a step of a symmetric scale, and a whole one for the value that is clipped
-        assert ((groups - exact).abs() <= 1.01 * largest / (2 ** (bits - 1) - 1)).all()
+        # half a step, also for the largest, which is clipped
+        step = 2 * largest / (2**bits - 1)
+        assert ((groups - exact).abs() <= 0.501 * step).all()
+        assert (groups / step - (groups / step).round()).abs().max() < 1e-3
         assert max(len(group.unique()) for group in groups) <= min(16, 2**bits)
         assert not torch.equal(rounded, weight)
     restore_weights(model, before)
     assert all(torch.equal(p, start[name]) for name, p in model.state_dict().items())
 
 
-@needs_torchao
 def test_rows_of_every_width(subject):
     sets = {"forget": questions(WRONG), "retain": questions(ROWS[:2])}
     rows, truth_ratio = quantize_rows(
@@ -203,7 +201,6 @@ def test_rows_of_every_width(subject):
     assert 0 < plain["retain_probability"] < 1
 
 
-@needs_torchao
 def test_a_group_that_does_not_fit_is_refused_before_anything_changes():
     model = make_model()
     start = model.model.layers[0].mlp.down_proj.weight.clone()
@@ -212,18 +209,21 @@ def test_a_group_that_does_not_fit_is_refused_before_anything_changes():
     assert torch.equal(model.model.layers[0].mlp.down_proj.weight, start)
 
 
-def test_without_torchao_it_says_how_to_get_it(model_dir, tmp_path, monkeypatch, capsys):
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "torchao" else real(name, *a))
-    options = ["attack", "quantize", f"--model={model_dir}", "--forget=f.jsonl", f"--output={tmp_path / 'out'}"]
-    assert main(options) == 2
-    assert "pip install simnpo[quantize]" in capsys.readouterr().err
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_rounding_is_torchaos(bits):
+    torchao = pytest.importorskip("torchao.quantization", reason="it compares with torchao where that is installed")
+    granularity = torchao.granularity.PerGroup(16)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 48))
+    weight = model[0].weight.detach().clone()
+    config = torchao.IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), granularity=granularity)
+    torchao.quantize_(model, config)
+    assert torch.equal(round_to_nearest(weight, bits, 16), model[0].weight.dequantize())
 
 
 # The command line
 
 
-@pytest.mark.parametrize("attack", ["relearn", pytest.param("quantize", marks=needs_torchao), "prefix"])
+@pytest.mark.parametrize("attack", ["relearn", "quantize", "prefix"])
 def test_from_the_command_line(attack, model_dir, tmp_path, capsys):
     forget = write_rows(tmp_path / "forget.jsonl", WRONG)
     more = {

@@ -68,13 +68,10 @@ def check_relearn(arguments: argparse.Namespace) -> None:
 
 
 def check_quantize(arguments: argparse.Namespace) -> None:
-    from simnpo.attacks.quantize import require_torchao
-
     check_numbers(arguments, "group_size")
     wrong = [bits for bits in arguments.bits if not 2 <= bits <= 8]
     if wrong:
         raise UserError(f"bits must be between 2 and 8, got {wrong[0]}")
-    require_torchao()
 
 
 def check_prefix(arguments: argparse.Namespace) -> None:

@@ -1,10 +1,13 @@
-"""Quantisation: unlearning moves weights less than a rounding step, and rounding brings the old ones back (2410.16454).
+"""Quantisation: unlearning moves weights less than a rounding step, and rounding moves them back (arXiv 2410.16454).
 
-torchao rounds the weight of every linear layer but the head, symmetrically in groups of neighbours along a row; the
-model then runs on the dequantised weights: what a deployed one computes, but for the arithmetic of its kernels.
+The weight of every linear layer but the head is rounded to nearest, symmetrically, in groups of neighbours along a row:
+
+    scale = max |w| / ((2^bits - 1) / 2)        w -> scale * clamp(round(w / scale), -2^(bits-1), 2^(bits-1) - 1)
+
+which in float32 gives torchao's integer weights to the bit. The model then runs on the rounded weights: what a deployed
+one computes, but for the arithmetic of its kernels.
 """
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,12 +30,6 @@ SCORES = {
 }
 
 
-def require_torchao() -> None:
-    """Raises `UserError` where torchao is not installed."""
-    if importlib.util.find_spec("torchao") is None:
-        raise UserError("attack quantize rounds with torchao, which is not installed: pip install simnpo[quantize]")
-
-
 @torch.no_grad()
 def round_weights(model: nn.Module, bits: int, group_size: int) -> dict[str, torch.Tensor]:
     """Rounds the linear layers of a model in place, all but its head.
@@ -45,12 +42,8 @@ def round_weights(model: nn.Module, bits: int, group_size: int) -> dict[str, tor
         The weights as they were, by the name of their layer, for `restore_weights`.
 
     Raises:
-        UserError: torchao is missing, or group_size does not divide the width of a layer.
+        UserError: group_size does not divide the width of a layer.
     """
-    require_torchao()
-    from torchao.quantization import IntxWeightOnlyConfig, quantize_  # type: ignore[import-not-found]
-    from torchao.quantization.granularity import PerGroup  # type: ignore[import-not-found]
-
     head = causal_lm(model).get_output_embeddings()
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     for name, layer in layers.items():
@@ -60,12 +53,18 @@ def round_weights(model: nn.Module, bits: int, group_size: int) -> dict[str, tor
                 f"{layer.in_features} of {name}"
             )
     before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
-    config = IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), granularity=PerGroup(group_size))
-    quantize_(model, config, filter_fn=lambda module, name: name in layers)
-    for name, layer in layers.items():
-        rounded: Any = layer.weight
-        layer.weight = nn.Parameter(rounded.dequantize().to(before[name].dtype), requires_grad=False)
+    for layer in layers.values():
+        layer.weight.copy_(round_to_nearest(layer.weight, bits, group_size))
     return before
+
+
+def round_to_nearest(weight: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
+    """weight (V, D), each `group_size` neighbours of a row on a scale of their own; float32."""
+    groups = weight.float().reshape(-1, group_size)
+    scale = groups.abs().amax(1).clamp(min=1e-12) / ((2**bits - 1) / 2)
+    zero = torch.zeros_like(scale, dtype=torch.int32)
+    lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    return torch.fake_quantize_per_channel_affine(groups, scale, zero, 0, lowest, highest).view_as(weight)
 
 
 @torch.no_grad()
@@ -112,5 +111,5 @@ def quantize_rows(
 
 
 def quantize_curves(rows: Sequence[Row], group_size: int) -> Curves:
-    title = f"Quantisation of the weights, groups of {group_size}, round to nearest (torchao)"
+    title = f"Quantisation of the weights, groups of {group_size}, round to nearest"
     return Curves(title, ("bits", "bits"), SCORES, (), rows)
