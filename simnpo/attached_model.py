@@ -26,7 +26,15 @@ from simnpo.errors import UserError
 from simnpo.kernels.backend import IGNORE_INDEX
 from simnpo.kernels.linear_logps import linear_logps
 from simnpo.kernels.linear_unlearn_loss import UnlearnLoss, linear_unlearn_loss
-from simnpo.model import body_of, causal_lm, keeps_sequences_apart, logit_transform, output_layer, verify_head
+from simnpo.model import (
+    body_of,
+    causal_lm,
+    keeps_sequences_apart,
+    last_hidden_state,
+    logit_transform,
+    output_layer,
+    verify_head,
+)
 from simnpo.objectives import Objective
 
 # arguments of the loss, in the forward of an attached model; without `objective` or `token_logps` they mean nothing
@@ -274,11 +282,7 @@ def _run_body(lm: Any, inputs: dict[str, Any]) -> Any:
     if _balances_experts(lm, inputs):
         inputs["output_router_logits"] = True
     output = body(**inputs)
-    if getattr(output, "last_hidden_state", None) is None:
-        raise UserError(
-            f"model: {type(body).__name__} returned a {type(output).__name__} without last_hidden_state: a model whose "
-            "body follows transformers' return_dict=True is needed"
-        )
+    last_hidden_state(body, output)
     return output
 
 

@@ -206,6 +206,9 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
 
     Returns:
         (B, T, D) of a padded batch, (N, D) of a packed one.
+
+    Raises:
+        UserError: the body returns something else than hidden states.
     """
     body = body_of(causal_lm(model))
     assert body is not None, "output_layer refuses a model without a body"
@@ -214,8 +217,24 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
         position_ids=batch.position_ids,
         attention_mask=batch.attention_mask,
         use_cache=False,
-    ).last_hidden_state
-    return output if batch.cu_seqlens is None else output.squeeze(0)
+    )
+    hidden = last_hidden_state(body, output)
+    return hidden if batch.cu_seqlens is None else hidden.squeeze(0)
+
+
+def last_hidden_state(body: nn.Module, output: Any) -> Tensor:
+    """What the head multiplies, from what the body returned.
+
+    Raises:
+        UserError: it is not there.
+    """
+    hidden = getattr(output, "last_hidden_state", None)
+    if hidden is None:
+        raise UserError(
+            f"model: {type(body).__name__} returned a {type(output).__name__} without last_hidden_state: a model whose "
+            "body follows transformers' return_dict=True is needed (vision-language models need transformers 5)"
+        )
+    return hidden
 
 
 @torch.no_grad()

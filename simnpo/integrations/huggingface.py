@@ -98,7 +98,8 @@ class UnlearnTrainer(Trainer):
         if isinstance(train_dataset, ForgetRetainDataset):
             pad_token_id = getattr(kwargs.get("processing_class"), "pad_token_id", None)
             data_collator = ForgetRetainCollator(data_collator, pad_token_id or 0)
-        if args.gradient_checkpointing and cast(Any, args.gradient_checkpointing_kwargs)["use_reentrant"]:
+        reentrant = cast(dict, args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        if model is not None and args.gradient_checkpointing and reentrant:
             # such a checkpoint passes a gradient on only if its input needs one, which frozen embeddings do not
             cast(Any, model).enable_input_require_grads()
         self.objective = SimNPO() if objective is None else objective

@@ -178,6 +178,21 @@ def test_an_objective_of_tokens(tmp_path):
         torch.testing.assert_close(more, ours, rtol=1e-4, atol=1e-6)
 
 
+def test_a_micro_batch_without_targets_is_a_step_without_effect_of_it(tmp_path):
+    """Its sequence still counts in the mean, with loss and gradient 0."""
+    blank = {"input_ids": FORGET[0]["input_ids"], "labels": [-100] * len(FORGET[0]["input_ids"])}
+    recorder = Recorder()
+    trainer = make_trainer(
+        tmp_path, train_dataset=ForgetRetainDataset([blank, FORGET[1]], None), per_device_train_batch_size=1,
+        gradient_accumulation_steps=2, objective=SimNPO(BETA, GAMMA), callbacks=[recorder], learning_rate=0.0, **COEFS,
+    )  # fmt: skip
+    trainer.train()
+    plain = make_model()
+    loss = step_loss(plain, [FORGET[1]], [])["loss"] / 2
+    for name, gradient in gradients(loss, plain).items():
+        torch.testing.assert_close(recorder.steps[0][name], gradient, rtol=1e-4, atol=1e-5)
+
+
 def test_bfloat16_autocast(tmp_path):
     losses = {}
     for bf16 in (False, True):
