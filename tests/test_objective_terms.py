@@ -110,13 +110,13 @@ def test_logits_in(objective, inplace):
 @pytest.mark.parametrize("objective", [*PAIRS, KTO(0.3), *TOKENWISE[:4], *ROWS], ids=repr)
 @pytest.mark.parametrize("wanted", ["hwb", "h"])
 def test_triton_equals_torch(objective, wanted):
-    tensors, targets, extras = batch(objective, dtype=torch.float32)
+    tensors, targets, extras = batch(objective, dtype=torch.float32, T=5, D=8, V=19)
     runs = []
     for impl in ("triton", "torch"):
 
         def loss(h, w, b, impl=impl):
             return linear_unlearn_loss(
-                h, w, targets, objective, bias=b, chunk_tokens=20, impl=impl, **extras, **COEFS, **HEAD
+                h, w, targets, objective, bias=b, chunk_tokens=9, impl=impl, **extras, **COEFS, **HEAD
             )  # fmt: skip
 
         runs.append([*loss(*tensors)[:6], *gradients(loss, tensors, wanted)])
