@@ -21,7 +21,7 @@ demo: $(VENV)/.run
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 	! $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || \
-		SIMNPO_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/test_device.py
+		SIMNPO_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/test_device.py tests/test_device_ranks.py
 
 test-oldest: $(OLDEST)/.test
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile tests/integrations

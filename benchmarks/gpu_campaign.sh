@@ -34,7 +34,7 @@ failed=()
 for stage in "${stages[@]}"; do
     echo "== $stage"
     case $stage in
-    correctness) SIMNPO_TEST_DEVICE=$device timeout $limit "$python" -m pytest -q tests/test_device.py ;;
+    correctness) SIMNPO_TEST_DEVICE=$device timeout $limit "$python" -m pytest -q tests/test_device.py tests/test_device_ranks.py ;;
     numerics | products | kernels | profile) campaign "$stage" ;;
     table-8b) table "$stage" llama-3.1-8b 8192 2048 ;;
     table-1b) table "$stage" llama-3.2-1b 512 2048 8192 32768 ;;

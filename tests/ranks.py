@@ -15,14 +15,24 @@ Check = Callable[[], None]
 PASSED = "passed"
 
 
-def run_on_ranks(world: int, checks: Sequence[Check], folder: Path) -> dict[str, str]:
-    """Runs the checks, in order, on `world` gloo processes.
+def backend_for(world: int) -> str:
+    """NCCL where every rank has a GPU of its own."""
+    return "nccl" if torch.cuda.device_count() >= world else "gloo"
+
+
+def own_device() -> torch.device:
+    """Where this rank's collectives take their tensors."""
+    return torch.device("cuda", dist.get_rank()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def run_on_ranks(world: int, checks: Sequence[Check], folder: Path, *, backend: str = "gloo") -> dict[str, str]:
+    """Runs the checks, in order, on `world` processes.
 
     Returns:
         by name of the check: PASSED, or what went wrong on the ranks where it did. After a failure the ranks are no
         longer in step, and the checks that follow are "not reached".
     """
-    mp.spawn(_rank, (world, list(checks), folder), nprocs=world)
+    mp.spawn(_rank, (world, list(checks), folder, backend), nprocs=world)
     ranks = [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(world)]
     outcomes = {}
     for check in checks:
@@ -32,11 +42,13 @@ def run_on_ranks(world: int, checks: Sequence[Check], folder: Path) -> dict[str,
     return outcomes
 
 
-def _rank(rank: int, world: int, checks: list[Check], folder: Path) -> None:
+def _rank(rank: int, world: int, checks: list[Check], folder: Path, backend: str) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     options = {"init_method": f"file://{folder}/meeting-point", "timeout": timedelta(seconds=60)}
-    dist.init_process_group("gloo", rank=rank, world_size=world, **options)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, rank=rank, world_size=world, **options)
     outcomes = {}
     for check in checks:
         try:
