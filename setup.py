@@ -49,6 +49,7 @@ setup(
             "pytest-xdist>=3",
             "hypothesis>=6",
             "build>=1",
+            "deepspeed>=0.19; sys_platform == 'linux'",
             "gguf>=0.10",
             "triton>=3.4; sys_platform == 'linux'",
         ],
