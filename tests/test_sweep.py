@@ -92,15 +92,17 @@ def tofu(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_sweep_scores_every_trial_and_goes_on_where_it_was(tofu, model_dir, tmp_path, capsys, monkeypatch):
+def test_sweep_scores_every_trial_and_goes_on_where_it_was(tofu, model_dir, retain_file, tmp_path, capsys, monkeypatch):
     make_model(num_hidden_layers=1).save_pretrained(tmp_path / "retrained")
     make_tokenizer().save_pretrained(tmp_path / "retrained")
     output = tmp_path / "sweep"
     command = ["sweep", "--model", str(model_dir), "--retain-model", str(tmp_path / "retrained"), "--data", str(tofu)]
     command += ["--output", str(output), "--max-new-tokens", "4", "--max_steps", "1", "--batch_size", "2", "--cpu"]
+    command += ["--retain", str(retain_file)]
     command += ["--try", "method=simnpo beta=1 seed=0,1", "--try", "method=ga learning_rate=1e-2"]
     assert main(command) == 0
     saved = json.loads((output / "sweep.json").read_text())
+    assert json.loads((output / "method=simnpo-beta=1-seed=0/config.json").read_text())["retain"] == str(retain_file)
     assert [outcome["seeds"] for outcome in saved["outcomes"]] == [2, 1]
     assert saved["best"].keys() == {"simnpo", "ga"}
     page = (output / "sweep.md").read_text()

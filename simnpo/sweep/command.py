@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "simnpo sweep",
         description=f"{COMMANDS['sweep']}. Every option of `simnpo unlearn` may follow; it holds for all trials.",
+        allow_abbrev=False,  # --retain is an option of a trial, not short for --retain-model
     )
     parser.add_argument("--model", required=True, help="that has learned the data: id, folder or .gguf file")
     parser.add_argument("--output", required=True, help="folder of the sweep")
