@@ -1,5 +1,6 @@
 """A short run of UnlearnTrainer; test_distributed_trainer.py starts it by `accelerate launch`, and calls it."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,4 +31,8 @@ def run(folder: Path, name: str, accumulation: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     run(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    # everything is written: gloo's threads now and then abort the interpreter while it takes itself apart
+    sys.stdout.flush()
+    os._exit(0)
