@@ -7,9 +7,12 @@ import os
 import sys
 from dataclasses import fields
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from simnpo.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from simnpo.config import UnlearnConfig
 
 COMMANDS = {
     "unlearn": "make a model forget one file of examples and keep another",
@@ -72,19 +75,7 @@ class ListMethods(argparse.Action):
 
 
 def unlearn(options: list[str]) -> int:
-    from transformers.hf_argparser import HfArgumentParser
-
-    from simnpo.config import UnlearnConfig
-
-    parser = HfArgumentParser(
-        UnlearnConfig,  # type: ignore[arg-type]
-        prog="simnpo unlearn",
-        description=COMMANDS["unlearn"],
-        formatter_class=argparse.HelpFormatter,
-    )
-    parser.add_argument("--list-methods", action=ListMethods, help="show every --method with its formula, and stop")
-    arguments = parser.parse_args(options)
-    config = UnlearnConfig(**{field.name: getattr(arguments, field.name) for field in fields(UnlearnConfig)})
+    config = read_config(options, "simnpo unlearn", COMMANDS["unlearn"])
 
     from transformers.utils.logging import disable_progress_bar
 
@@ -95,6 +86,23 @@ def unlearn(options: list[str]) -> int:
     if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
         print(f"unlearned model: {output / 'model'}\nreport: {output / 'report.html'}")
     return 0
+
+
+def read_config(options: list[str], prog: str, description: str) -> "UnlearnConfig":
+    """The configuration that the options of `simnpo unlearn` describe; `prog` is the command that takes them."""
+    from transformers.hf_argparser import HfArgumentParser
+
+    from simnpo.config import UnlearnConfig
+
+    parser = HfArgumentParser(
+        UnlearnConfig,  # type: ignore[arg-type]
+        prog=prog,
+        description=description,
+        formatter_class=argparse.HelpFormatter,
+    )
+    parser.add_argument("--list-methods", action=ListMethods, help="show every --method with its formula, and stop")
+    arguments = parser.parse_args(options)
+    return UnlearnConfig(**{field.name: getattr(arguments, field.name) for field in fields(UnlearnConfig)})
 
 
 if __name__ == "__main__":

@@ -6,14 +6,14 @@ goes on where it was. Trials are run one after the other, in the order given.
 
 import argparse
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markdown import Markdown
 
-from simnpo.cli import COMMANDS
+from simnpo.cli import COMMANDS, read_config
 from simnpo.config import UnlearnConfig
 from simnpo.errors import UserError
 from simnpo.sweep.grid import fingerprint, read_trials
@@ -76,15 +76,10 @@ def main(options: list[str]) -> int:
 
 
 def _common(arguments: argparse.Namespace, rest: list[str]) -> UnlearnConfig:
-    from transformers.hf_argparser import HfArgumentParser
-
-    forget = Path(arguments.data) / f"{arguments.split}.jsonl"
     own = ["--model", arguments.model, "--output", arguments.output]
     if "--forget" not in rest:
-        own += ["--forget", str(forget)]
-    reader = HfArgumentParser(UnlearnConfig, prog="simnpo sweep", formatter_class=argparse.HelpFormatter)  # type: ignore[arg-type]
-    values = reader.parse_args([*own, *rest])
-    config = UnlearnConfig(**{field.name: getattr(values, field.name) for field in fields(UnlearnConfig)})
+        own += ["--forget", str(Path(arguments.data) / f"{arguments.split}.jsonl")]
+    config = read_config([*own, *rest], "simnpo sweep", COMMANDS["sweep"])
     # what a trial scores is TOFU's business, after it
     return replace(config, eval_examples=0, resume=False)
 
