@@ -116,7 +116,7 @@ def check_tokens(
     """The per-token arguments."""
     if isinstance(objective, KTO) and token_weights is not None:
         raise ValueError("KTO takes no token_weights: its KL is that of whole answers; DPO takes them")
-    needs_ref = isinstance(objective, TokenObjective) and objective.needs_ref_token_logps
+    needs_ref = objective.needs_ref_token_logps
     if needs_ref and ref_token_logps is None:
         raise ValueError(
             f"{type(objective).__name__} needs ref_token_logps, the log-probability of each target under the reference "

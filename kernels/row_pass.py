@@ -146,7 +146,7 @@ def _row_gradient_kernel(
     V, logits_stride_n, out_stride_n, scale, softcap,
     # constants
     HAS_ROWS: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_COEFS: tl.constexpr,    BLOCK_V: tl.constexpr,
+    HAS_COEFS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     row = n

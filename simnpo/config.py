@@ -153,7 +153,7 @@ class UnlearnConfig:
     def alternates(self) -> Literal["none", "beside", "instead"]:
         """Whether the objective sees alternate answers beside the forget answers, or instead of them."""
         objective = self.objective()
-        if getattr(objective, "targets_alternate", False):
+        if objective.targets_alternate:
             return "instead"
         return "beside" if objective.needs_alternates else "none"
 

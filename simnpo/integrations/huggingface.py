@@ -268,7 +268,7 @@ class UnlearnTrainer(Trainer):
 
 def _check_objective(objective: Objective) -> None:
     for asked, needs in (("needs_alternates", "alternate answers"), ("needs_ref_token_logps", "a reference per token")):
-        if getattr(objective, asked, False):
+        if getattr(objective, asked):
             raise ValueError(
                 f"{type(objective).__name__} needs {needs}, which UnlearnTrainer does not make: use an objective of "
                 "single sequences (SimNPO, NPO, GradAscent, WGA, ...), or call the attached model in your own loop"

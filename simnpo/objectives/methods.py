@@ -25,8 +25,8 @@ class Method(NamedTuple):
     def needs(self) -> list[str]:
         """What it takes beside forget and retain examples, in words."""
         objective = self.objective
-        per_token = getattr(objective, "needs_ref_token_logps", False)
-        alternate = objective.needs_alternates or getattr(objective, "targets_alternate", False)
+        per_token = objective.needs_ref_token_logps
+        alternate = objective.needs_alternates or objective.targets_alternate
         return ["reference (one pass before the first step)"] * (objective.needs_ref_logps or per_token) + [
             "alternate answers (field `alternate`, or --alternate)"
         ] * alternate

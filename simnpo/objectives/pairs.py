@@ -11,6 +11,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from simnpo.objectives.base import ForgetObjective
 from simnpo.objectives.sequence import check_beta, softplus
 
 
@@ -33,14 +34,10 @@ class PairSums(NamedTuple):
         return (self.num_tokens > 0) & (self.alt_num_tokens > 0)
 
 
-class PairObjective:
+class PairObjective(ForgetObjective):
     """A loss of a forget sequence and its alternate answer."""
 
-    needs_ref_logps: ClassVar[bool] = False
     needs_alternates: ClassVar[bool] = True
-    formula: ClassVar[str]
-    weight: ClassVar[str]
-    source: ClassVar[str]
 
     def loss_and_weight(self, pairs: PairSums) -> tuple[Tensor, Tensor]:
         """Loss of each pair and derivative in each forget token's log-probability, both (P,); 0 with an empty side."""

@@ -16,6 +16,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from simnpo.objectives.base import ForgetObjective
+
 
 class Row(NamedTuple):
     """What is known of each row, all (N,): log-probability and logit of the target, log-sum-exp and mean of the logits,
@@ -36,14 +38,8 @@ class Mix(NamedTuple):
     other: Tensor
 
 
-class RowObjective:
+class RowObjective(ForgetObjective):
     """A mean over tokens of a loss of the token's row of logits."""
-
-    needs_ref_logps: ClassVar[bool] = False
-    needs_alternates: ClassVar[bool] = False
-    formula: ClassVar[str]
-    weight: ClassVar[str]
-    source: ClassVar[str]
 
     def loss_and_mix(self, row: Row) -> tuple[Tensor, Mix]:
         """f (N,) and its gradient in the logits."""

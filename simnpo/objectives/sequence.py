@@ -11,6 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from simnpo.objectives.base import ForgetObjective
+
 
 def check_beta(beta: float, limit: str) -> None:
     """`limit` says what the objective becomes as beta goes to 0."""
@@ -18,14 +20,8 @@ def check_beta(beta: float, limit: str) -> None:
         raise ValueError(f"beta must be positive, got {beta}; as beta goes to 0 the objective becomes {limit}")
 
 
-class SequenceObjective:
+class SequenceObjective(ForgetObjective):
     """A loss of the sum of a sequence's log-probabilities."""
-
-    needs_ref_logps: ClassVar[bool] = False
-    needs_alternates: ClassVar[bool] = False
-    formula: ClassVar[str]
-    weight: ClassVar[str]
-    source: ClassVar[str]
 
     def loss_and_weight(
         self, logps: Tensor, num_tokens: Tensor, ref_logps: Tensor | None = None

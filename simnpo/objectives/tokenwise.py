@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from simnpo.objectives.base import ForgetObjective
 from simnpo.objectives.sequence import softplus
 
 # a token that float32 cannot tell from certain: 1 - p is taken to be this, so that log(1 - p) and 1/(1 - p) stay finite
@@ -25,20 +26,8 @@ def log1mexp(x: Tensor) -> Tensor:
     return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
 
-class TokenObjective:
-    """A mean over tokens of a loss of the token's log-probability.
-
-    needs_ref_logps is about the (B,) sums of a reference, needs_ref_token_logps about those of its tokens.
-    """
-
-    needs_ref_logps: ClassVar[bool] = False
-    needs_ref_token_logps: ClassVar[bool] = False
-    needs_alternates: ClassVar[bool] = False
-    # the answer to raise stands in the targets, not the one to forget
-    targets_alternate: ClassVar[bool] = False
-    formula: ClassVar[str]
-    weight: ClassVar[str]
-    source: ClassVar[str]
+class TokenObjective(ForgetObjective):
+    """A mean over tokens of a loss of the token's log-probability."""
 
     def loss_and_slope(self, token_logps: Tensor, ref_token_logps: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """f(l_t) and f'(l_t), both of the shape of token_logps; finite for every l_t <= 0."""

@@ -146,7 +146,7 @@ def with_reference(
     They are computed once and kept in reference.json, so that there never is a second model.
     """
     objective = config.objective()
-    per_token = getattr(objective, "needs_ref_token_logps", False)
+    per_token = objective.needs_ref_token_logps
     if not (objective.needs_ref_logps or per_token):
         return collator
     path = config.output_dir() / "reference.json"
