@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from simnpo.errors import UserError
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from simnpo.objectives import Objective
 
 # a resumed run may differ in these; every other field changes the weights or the report that come out
-FREE_ON_RESUME = {"output", "resume", "save_steps", "keep_checkpoints", "logging_steps"}
+FREE_ON_RESUME = {"output", "resume", "save_steps", "keep_checkpoints", "logging_steps", "reference_cache"}
 
 
 def _option(text: str, **kwargs: Any) -> Any:
@@ -72,6 +72,10 @@ class UnlearnConfig:
         "Gradients of a step are scaled to at most this global L2 norm; 0: never.", default=1.0
     )
     max_length: int = _option("Tokens per sequence, prompt included; the rest of a response is cut off.", default=512)
+    reference_cache: str | None = _option(
+        "Folder of reference log-probabilities, found again by model and data (default: the user's cache folder).",
+        default=None,
+    )
     seed: int = _option("Fixes order, retain draws, adapters and dropout.", default=0)
 
     precision: Literal["bf16", "fp32"] = _option(
@@ -82,8 +86,37 @@ class UnlearnConfig:
         "Put sequences one after another instead of padding them. auto: if the model keeps them apart (measured).",
         default="auto",
     )
+    stride: int | None = _option(
+        "Split what is longer than max_length into pieces that start every `stride` tokens, each token a target once, "
+        "instead of cutting it off.",
+        default=None,
+    )
+    reward_per: Literal["document", "piece"] = _option(
+        "Whether the pieces of a document share one length and reward, or have one each.", default="document"
+    )
+
+    auto: bool = _option("Let the planner choose the memory options below for the memory there is.", default=False)
     chunk_tokens: int | None = _option("Rows of logits alive at once in the loss (default: chosen).", default=None)
     gradient_checkpointing: bool = _option("Recompute activations in backward: less memory, more time.", default=False)
+    offload_activations: bool = _option(
+        "Keep the checkpoints of layers in the host's memory, copied there and back beside the arithmetic.",
+        default=False,
+    )
+    mlp_tile_tokens: int | None = _option("Tokens that an MLP sees at once (default: all).", default=None)
+    separate_terms: bool = _option(
+        "Forget and retain sequences one after the other, each with a backward of its own.", default=False
+    )
+    load_in_4bit: bool = _option("Hold the body frozen by --lora in 4 bits (NF4, bitsandbytes).", default=False)
+    weights: Literal["fp32", "bf16"] = _option(
+        "Of trained weights. bf16 keeps beside each what rounding it left out, so that no update is lost.",
+        default="fp32",
+    )
+    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = _option(
+        "adamw8bit: states in 8 bits (bitsandbytes). adafactor: second moments factored, no first.", default="adamw"
+    )
+    gradient_release: bool = _option(
+        "Update each weight inside backward and free its gradient at once; needs --max_grad_norm 0.", default=False
+    )
     attention: str | None = _option(
         "Attention implementation, as transformers names it (default: its own).", default=None
     )
@@ -98,7 +131,7 @@ class UnlearnConfig:
     def __post_init__(self) -> None:
         for name in ("lora_rank", "batch_size", "gradient_accumulation_steps", "keep_checkpoints", "logging_steps"):
             self._require(name, "at least 1", getattr(self, name) >= 1)
-        for name in ("beta", "max_steps", "retain_batch_size", "chunk_tokens"):
+        for name in ("beta", "max_steps", "retain_batch_size", "chunk_tokens", "stride", "mlp_tile_tokens"):
             value = getattr(self, name)
             self._require(name, "greater than 0", value is None or value > 0)
         for name in ("lora_alpha", "epochs", "learning_rate"):
@@ -113,14 +146,35 @@ class UnlearnConfig:
             self._require(f.name, "finite", not isinstance(value, float) or math.isfinite(value))
         self._require("max_length", "at least 2: one token to read and one to predict", self.max_length >= 2)
         self._require("warmup_ratio", "between 0 and 1", 0 <= self.warmup_ratio <= 1)
-        self._require("precision", "bf16 or fp32", self.precision in ("bf16", "fp32"))
-        self._require("packing", "auto, on or off", self.packing in ("auto", "on", "off"))
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal:
+                *others, last = get_args(kind)
+                what = f"{', '.join(others)} or {last}"
+                self._require(name, what, getattr(self, name) in get_args(kind))
+        self._require("stride", "less than max_length", self.stride is None or self.stride < self.max_length)
+        self._check_levers()
         self._require("alternate", "an answer", bool(self.alternate.strip()))
         self.objective()
 
     def _require(self, name: str, what: str, holds: bool) -> None:
         if not holds:
             raise UserError(f"{name} must be {what}, got {getattr(self, name)!r}")
+
+    def _check_levers(self) -> None:
+        """Which memory options go together."""
+        needs = (
+            ("offload_activations", self.offload_activations, "gradient_checkpointing", self.gradient_checkpointing),
+            ("load_in_4bit", self.load_in_4bit, "lora", self.lora),
+            ("gradient_release", self.gradient_release, "max_grad_norm 0, for a norm of all gradients needs them all",
+             self.max_grad_norm == 0),
+            ("gradient_release", self.gradient_release, "one backward a step: gradient_accumulation_steps 1 and no "
+             "separate_terms", self.gradient_accumulation_steps == 1 and not self.separate_terms),
+        )  # fmt: skip
+        for name, asked, other, given in needs:
+            if asked and not given:
+                raise UserError(f"{name} needs {other}")
+        if self.weights == "bf16" and self.lora:
+            raise UserError("weights bf16 are for training the whole model: adapters stay fp32, their body is bf16")
 
     def objective(self) -> Objective:
         """The forget objective with its options.
