@@ -28,7 +28,7 @@ class Batch:
 
     Attributes:
         input_ids: (B, T) padded on the right, or (1, N) packed.
-        position_ids: as input_ids, restarting at 0 with every sequence.
+        position_ids: as input_ids, restarting at 0 with every sequence, and with every piece of a document.
         targets: as input_ids: the labels shifted once, IGNORE_INDEX where not a target.
         retain_mask: (B,) bool, True for a retain sequence.
         attention_mask: (B, T) 1 where not padding; None when packed.
@@ -97,7 +97,7 @@ def collate(
         alternates: whether those of the forget examples stand beside them, at the end of the batch, or instead of them.
 
     Raises:
-        ValueError: there is no sequence at all.
+        ValueError: there is no sequence at all, or a document in pieces is to be padded.
     """
     others = [] if alternates == "none" else [_alternate(example) for example in forget]
     if alternates == "instead":
@@ -107,7 +107,7 @@ def collate(
         raise ValueError("a batch needs at least one sequence, got none")
     columns: dict[str, list[list[Any]]] = {
         "input_ids": [example.input_ids for example in examples],
-        "position_ids": [list(range(len(example.input_ids))) for example in examples],
+        "position_ids": [_position_ids(example, packed) for example in examples],
         "targets": [[*example.labels[1:], IGNORE_INDEX] for example in examples],
     }
     lengths, B = [len(example.input_ids) for example in examples], len(examples)
@@ -139,6 +139,13 @@ def collate(
         num_targets=tuple(example.num_targets for example in examples),
         num_inputs=tuple(lengths),
     )
+
+
+def _position_ids(example: Example, packed: bool) -> list[int]:
+    lengths = example.piece_lengths or (len(example.input_ids),)
+    if len(lengths) > 1 and not packed:
+        raise ValueError(f"{example.id} is {len(lengths)} pieces, which only a packed batch keeps apart")
+    return [position for length in lengths for position in range(length)]
 
 
 def _alternate(example: Example) -> Example:

@@ -155,10 +155,18 @@ class UnlearnConfig:
         self._check_levers()
         self._require("alternate", "an answer", bool(self.alternate.strip()))
         self.objective()
+        self._check_pieces()
 
     def _require(self, name: str, what: str, holds: bool) -> None:
         if not holds:
             raise UserError(f"{name} must be {what}, got {getattr(self, name)!r}")
+
+    def _check_pieces(self) -> None:
+        if self.stride is not None and self.reward_per == "piece" and self.alternates() != "none":
+            raise UserError(
+                f"reward_per piece does not go with method {self.method!r}: it sets an alternate answer against the "
+                "whole forget answer, and a piece has none; use --reward_per document"
+            )
 
     def _check_levers(self) -> None:
         """Which memory options go together."""

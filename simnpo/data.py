@@ -35,9 +35,11 @@ class Example:
     Attributes:
         id: file name and line, "forget.jsonl:12".
         prompt, response: what a person reads, of the last turn; `prompt` is empty for a `text` row.
-        input_ids: token ids, at most max_length.
+        input_ids: token ids, at most max_length, or as many in each piece of a document.
         labels: unshifted, as long as input_ids, IGNORE_INDEX where not a target.
         alternate: the same with another answer, where a method wants one.
+        piece_lengths: tokens of each piece of a document that was longer than the context: the pieces stand one after
+            another, and none attends to another (`simnpo.pieces`). Empty: it was not split.
     """
 
     id: str
@@ -46,6 +48,7 @@ class Example:
     input_ids: list[int]
     labels: list[int]
     alternate: "Example | None" = None
+    piece_lengths: tuple[int, ...] = ()
 
     @property
     def num_targets(self) -> int:
@@ -54,7 +57,12 @@ class Example:
 
     @property
     def prompt_ids(self) -> list[int]:
-        """The tokens before the last run of targets: what `generate` gets to write this example's response."""
+        """The tokens before the last run of targets: what `generate` gets to write this example's response.
+
+        None of a document that was split: its response may not fit into the context.
+        """
+        if self.piece_lengths:
+            return []
         end = len(self.labels)
         while end and self.labels[end - 1] == IGNORE_INDEX:
             end -= 1
@@ -63,13 +71,15 @@ class Example:
         return self.input_ids[:end]
 
 
-def load_examples(path: str | Path, tokenizer: Any, max_length: int, alternate: str | None = None) -> list[Example]:
+def load_examples(
+    path: str | Path, tokenizer: Any, max_length: int | None, alternate: str | None = None
+) -> list[Example]:
     """Reads, checks and tokenises a JSON Lines file.
 
     Args:
         path: UTF-8, one JSON object per line; blank lines are skipped.
         tokenizer: of transformers; its chat template is used if it has one.
-        max_length: tokens of a sequence; what is longer is cut at the end, with a warning.
+        max_length: tokens of a sequence; what is longer is cut at the end, with a warning. None: nothing is cut.
         alternate: gives every example an alternate: the row's own, or this answer. None: no example has one.
 
     Raises:
@@ -115,8 +125,11 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, row
 
 
-def encode(row: dict[str, Any], tokenizer: Any, where: str, max_length: int) -> Example:
+def encode(row: dict[str, Any], tokenizer: Any, where: str, max_length: int | None) -> Example:
     """Tokenises one row. `where` ("file:line") becomes the example's id and stands in every error.
+
+    Args:
+        max_length: tokens kept, from the start; None: all.
 
     Raises:
         UserError: keys are missing, a response is empty or lost to max_length, or no token would be a target.
@@ -144,7 +157,7 @@ def encode(row: dict[str, Any], tokenizer: Any, where: str, max_length: int) -> 
     labels = [i if is_target else IGNORE_INDEX for ids, is_target in segments for i in ids]
     example = Example(where, prompt, response, input_ids[:max_length], labels[:max_length])
     if example.num_targets == 0:
-        if len(input_ids) > max_length:
+        if max_length is not None and len(input_ids) > max_length:
             first = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
             raise UserError(
                 f"{where}: nothing of the response is left at max_length={max_length}: the prompt alone takes {first} "
@@ -154,7 +167,7 @@ def encode(row: dict[str, Any], tokenizer: Any, where: str, max_length: int) -> 
     return example
 
 
-def _encode_alternate(row: dict[str, Any], answer: str, tokenizer: Any, where: str, max_length: int) -> Example:
+def _encode_alternate(row: dict[str, Any], answer: str, tokenizer: Any, where: str, max_length: int | None) -> Example:
     """The row with `answer` as its last one, and nothing but it as target."""
     if "text" in row:
         raise UserError(

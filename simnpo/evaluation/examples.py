@@ -17,6 +17,7 @@ from simnpo.evaluation.generation import greedy_answers
 from simnpo.kernels.linear_logps import linear_logps
 from simnpo.metrics import rouge_l_recall
 from simnpo.model import hidden_states, output_head
+from simnpo.pieces import pieces
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class ExampleScores:
 
     Attributes:
         id, prompt, response: the example's; `response` is the reference answer.
-        answer: what the model answers, greedily; None for a `text` row, which asks nothing.
+        answer: what the model answers, greedily; None for a `text` row, and for a document that was split or a piece of
+            one, which ask nothing.
         probability: of the reference, length-normalised: exp(-nll), as TOFU (arXiv 2401.06121) defines it.
         nll: of the reference per token, its end-of-turn token included, nats.
         rouge_l_recall: of `answer` against the reference, in [0, 1]; None where there is no answer.
@@ -69,7 +71,7 @@ def evaluate(
         tokenizer: its tokenizer, with a pad token.
         sets: examples by name.
         batch_size: sequences of one forward.
-        max_new_tokens: of an answer; None: twice the longest reference of the set.
+        max_new_tokens: of an answer; None: twice the longest reference of the set that has a prompt.
         rank, num_ranks: with several, all must call: each runs its share of the examples, and all get all scores.
 
     Raises:
@@ -84,7 +86,8 @@ def evaluate(
         scores = {}
         for name, examples in sets.items():
             # of all ranks' examples: what is dealt to a rank must not change its answers
-            limit = max_new_tokens or 2 * max(example.num_targets for example in examples)
+            asked = [example.num_targets for example in examples if example.prompt_ids]
+            limit = max_new_tokens or 2 * max(asked, default=1)
             scores[name] = _score(model, tokenizer, examples[rank::num_ranks], batch_size, limit)
     finally:
         model.train(was_training)
@@ -102,7 +105,7 @@ def evaluate(
 def _score(
     model: nn.Module, tokenizer: Any, examples: Sequence[Example], batch_size: int, max_new_tokens: int
 ) -> list[ExampleScores]:
-    nlls = [nll for batch in _batches(examples, batch_size) for nll in _nlls(model, tokenizer, batch).tolist()]
+    nlls = _nlls(model, tokenizer, examples, batch_size)
     asked = [example for example in examples if example.prompt_ids]
     answers = [
         answer
@@ -128,13 +131,24 @@ def _summary(scores: list[ExampleScores]) -> SetScores:
     )
 
 
-def _nlls(model: nn.Module, tokenizer: Any, examples: Sequence[Example]) -> Tensor:
-    """NLL per target of each example, (B,) nats."""
+def _nlls(model: nn.Module, tokenizer: Any, examples: Sequence[Example], batch_size: int) -> list[float]:
+    """NLL per target of each example, nats; of a document over the targets of all its pieces."""
+    parts = [pieces(example) for example in examples]
+    sums = iter(
+        [
+            logp
+            for batch in _batches([piece for some in parts for piece in some], batch_size)
+            for logp in _logps(model, tokenizer, batch).tolist()
+        ]
+    )
+    return [-math.fsum(next(sums) for _ in some) / example.num_targets for example, some in zip(examples, parts)]
+
+
+def _logps(model: nn.Module, tokenizer: Any, examples: Sequence[Example]) -> Tensor:
+    """(B,) log-probability of each example's targets, nats."""
     batch = collate(examples, packed=False, pad_token_id=tokenizer.pad_token_id).to(_device(model))
     head = output_head(model)
-    per_token_logps = linear_logps(hidden_states(model, batch), head.weight, batch.targets, **head.options())
-    num_tokens = torch.tensor(batch.num_targets, device=per_token_logps.device)
-    return -per_token_logps.sum(-1) / num_tokens
+    return linear_logps(hidden_states(model, batch), head.weight, batch.targets, **head.options()).sum(-1)
 
 
 def _device(model: nn.Module) -> torch.device:

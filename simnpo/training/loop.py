@@ -82,6 +82,7 @@ def unlearn(config: UnlearnConfig) -> Path:
     model = setup.build_model(config, accelerator.device)
     setup.check_tokens(model, [*forget, *retain, *heldout])
     collator = setup.make_collator(config, model, tokenizer, accelerator.device)
+    setup.check_pieces(collator.packed, forget)
     accelerator.wait_for_everyone()  # until every rank has seen the folder as it was
     if accelerator.is_main_process:
         setup.open_output(config)

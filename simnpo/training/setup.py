@@ -16,6 +16,7 @@ from simnpo.config import UnlearnConfig
 from simnpo.data import Example, load_examples, warn_about_overlap
 from simnpo.errors import UserError
 from simnpo.model import add_lora, causal_lm, keeps_sequences_apart, load_weights
+from simnpo.pieces import separate, split
 from simnpo.training.checkpoint import checkpoints, keep_newest, read_state
 from simnpo.training.disk import remove_leftovers, write_json
 from simnpo.training.step import Collator, autocast, dealt, sequence_logps, token_logps
@@ -70,23 +71,39 @@ def newest_checkpoint(config: UnlearnConfig, facts: dict[str, Any]) -> Path | No
 
 
 def read_data(config: UnlearnConfig, tokenizer: Any) -> tuple[list[Example], list[Example], list[Example]]:
-    """Forget, retain and held-out examples, the last two empty if not given; warns where forget and retain overlap."""
+    """Forget, retain and held-out examples, the last two empty if not given; warns where forget and retain overlap.
+
+    With a stride they are split instead of cut. Each piece is an example, but for those of a forget document that share
+    its reward.
+    """
     alternate = None if config.alternates() == "none" else config.alternate
+    cut_at = config.max_length if config.stride is None else None
     forget, retain, heldout = (
-        [] if path is None else load_examples(path, tokenizer, config.max_length, alternate)
+        [] if path is None else load_examples(path, tokenizer, cut_at, alternate)
         for path, alternate in ((config.forget, alternate), (config.retain, None), (config.heldout, None))
     )
     warn_about_overlap(forget, retain)
+    if config.stride is not None:
+        forget, retain, heldout = (
+            [split(example, config.max_length, config.stride) for example in examples]
+            for examples in (forget, retain, heldout)
+        )
+        retain, heldout = separate(retain, tokenizer), separate(heldout, tokenizer)
+        if config.reward_per == "piece":
+            forget = separate(forget, tokenizer)
     return forget, retain, heldout
 
 
 def fingerprint(*sets: list[Example]) -> str:
-    """Changes when any token or label does, of an alternate too."""
-    tokens = [
-        [(e.input_ids, e.labels, *([e.alternate.input_ids] if e.alternate else [])) for e in examples]
-        for examples in sets
-    ]
-    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
+    """Changes when any token, label or bound of a piece does, of an alternate too."""
+    digest = hashlib.sha256()
+    for examples in sets:
+        digest.update(f"set of {len(examples)}".encode())
+        for example in examples:
+            # an example at a time: the text of a whole corpus of long documents is several times its tokens
+            for e in (example, *([example.alternate] if example.alternate else [])):
+                digest.update(json.dumps((e is example, e.input_ids, e.labels, e.piece_lengths)).encode())
+    return digest.hexdigest()[:16]
 
 
 def build_model(config: UnlearnConfig, device: torch.device) -> nn.Module:
@@ -129,6 +146,21 @@ def make_collator(config: UnlearnConfig, model: nn.Module, tokenizer: Any, devic
                 raise UserError(f"packing: {name}; use --packing auto or off, or another --attention")
             logger.warning("padding instead of packing: %s", name)
     return Collator(packed, tokenizer.pad_token_id, device, ref_logps=None, alternates=config.alternates())
+
+
+def check_pieces(packed: bool, forget: list[Example]) -> None:
+    """Whether documents whose pieces share a reward can go through the model.
+
+    Raises:
+        UserError: they cannot, for it keeps pieces apart only where sequences are packed; names the first document.
+    """
+    for example in [*forget, *(example.alternate for example in forget if example.alternate is not None)]:
+        if len(example.piece_lengths) > 1 and not packed:
+            raise UserError(
+                f"reward_per: {example.id} is a document of {len(example.piece_lengths)} pieces that share one reward, "
+                "so they go through the model as one packed row, and this run does not pack: use --reward_per piece, "
+                "another --attention, or no --packing off"
+            )
 
 
 def with_reference(
