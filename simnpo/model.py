@@ -248,13 +248,13 @@ def verify_head(model: nn.Module) -> None:
     """
     weight, bias, scale, softcap = output_head(model)
     weight, bias = whole(weight), None if bias is None else whole(bias)
-    batch = _probe(model, [7])
+    batch = probe(model, [7])
     hidden = hidden_states(model, batch)[0]
     logits = scale * nn.functional.linear(hidden.to(weight.dtype), weight, bias).double()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     expected = causal_lm(model)(input_ids=batch.input_ids, use_cache=False).logits[0].double()
-    error = _relative_error(logits, expected)
+    error = relative_error(logits, expected)
     if not error <= TOLERANCE[weight.dtype]:
         raise UserError(
             f"model: {type(causal_lm(model)).__name__} computes its logits in a way this package does not know: "
@@ -265,19 +265,24 @@ def verify_head(model: nn.Module) -> None:
 @torch.no_grad()
 def keeps_sequences_apart(model: nn.Module) -> bool:
     """Measures whether a sequence gets the same hidden states packed behind another one as it gets alone."""
-    packed, alone = _probe(model, [5, 7]), _probe(model, [7])
+    packed, alone = probe(model, [5, 7]), probe(model, [7])
     try:
         behind = hidden_states(model, packed)[5:]
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         logger.info("a packed forward fails: %s", error)
         return False
     expected = hidden_states(model, alone)[0]
+    return same_hidden_states(model, behind, expected)
+
+
+def same_hidden_states(model: nn.Module, ours: Tensor, expected: Tensor) -> bool:
+    """Whether two ways of computing the same hidden states agree to what the dtype of the arithmetic allows."""
     autocast = torch.is_autocast_enabled(expected.device.type)
     dtype = torch.get_autocast_dtype(expected.device.type) if autocast else next(model.parameters()).dtype
-    return _relative_error(behind.float(), expected.float()) <= TOLERANCE[dtype]
+    return relative_error(ours.float(), expected.float()) <= TOLERANCE[dtype]
 
 
-def _probe(model: nn.Module, lengths: list[int]) -> Batch:
+def probe(model: nn.Module, lengths: list[int]) -> Batch:
     """Sequences of made-up tokens, the last one always the same; packed if there is more than one."""
     vocab_size = causal_lm(model).config.get_text_config().vocab_size
     device = next(model.parameters()).device
@@ -298,5 +303,5 @@ def _probe(model: nn.Module, lengths: list[int]) -> Batch:
     )
 
 
-def _relative_error(value: Tensor, expected: Tensor) -> float:
+def relative_error(value: Tensor, expected: Tensor) -> float:
     return ((value - expected).norm() / expected.norm().clamp(min=1e-30)).item()

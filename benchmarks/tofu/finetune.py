@@ -15,6 +15,7 @@ import torch
 from rich.progress import track
 
 from simnpo.attached_model import attach
+from simnpo.attention import use_packed_attention
 from simnpo.batch import collate, random_stream
 from simnpo.data import load_examples
 from simnpo.errors import UserError
@@ -40,6 +41,7 @@ def finetune(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(seed)
     model = attach(load_weights(model_name, dtype=torch.float32)).to(device)
+    use_packed_attention(model)
     packed = keeps_sequences_apart(model)
     model.train()
     optimizer = make_optimizer(model.parameters(), weight_decay=0.01)

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from simnpo.attached_model import attach
+from simnpo.attention import use_packed_attention
 from simnpo.config import UnlearnConfig
 from simnpo.data import Example, load_examples, warn_about_overlap
 from simnpo.errors import UserError
@@ -139,6 +140,8 @@ def make_collator(config: UnlearnConfig, model: nn.Module, tokenizer: Any, devic
     if packed:
         model.eval()
         with autocast(config, device):
+            if config.attention is None:
+                use_packed_attention(model)
             packed = keeps_sequences_apart(model)
         if not packed:
             name = f"{type(causal_lm(model)).__name__} mixes sequences that are packed into one row"

@@ -1,0 +1,241 @@
+"""Attention over packed sequences, each by itself: no (N, N) mask, no product between two sequences.
+
+transformers asks an attention implementation for a mask once a forward and hands it to every layer. The mask here is
+the list of bounds of the packed sequences, read off the mask function that transformers would have filled an (N, N)
+tensor with. Padded batches and generation with a cache get the mask and the arithmetic of "sdpa".
+
+    a GPU, half precision     torch's variable-length flash attention
+    anywhere else             scaled_dot_product_attention over groups of sequences of about the same length
+
+Dimension key:
+    N  tokens of a packed row      H  heads      d  head dimension
+"""
+
+import importlib.util
+import inspect
+import logging
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from simnpo.model import causal_lm, hidden_states, probe, same_hidden_states
+
+logger = logging.getLogger(__name__)
+
+NAME = "simnpo_varlen"
+# masks of attention implementations have a registry of their own since then
+SUPPORTED = Version(transformers.__version__) >= Version("4.53")
+# sequences whose lengths differ by less are computed together, the shorter ones padded
+GROUP_RATIO = 1.5
+
+
+class PackedBounds:
+    """Where the sequences of a packed row begin and end.
+
+    Attributes:
+        lengths: tokens of each sequence.
+        groups: sequences of about the same length, as (rows of N, (B, T)) with T the longest; the rows that pad a
+            shorter one repeat its last, which no other row of it attends to.
+        back: (N,) where each row is among the rows of all groups, one after the other.
+        cu_seqlens: (B + 1,) int32.
+    """
+
+    def __init__(self, lengths: list[int], device: torch.device) -> None:
+        self.lengths = lengths
+        starts = [0]
+        for length in lengths:
+            starts.append(starts[-1] + length)
+        self.cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)
+        self.groups: list[tuple[Tensor, tuple[int, int]]] = []
+        back = torch.empty(starts[-1], dtype=torch.int64)
+        offset = 0
+        for members in _similar(lengths):
+            T = max(lengths[b] for b in members)
+            first = torch.tensor([starts[b] for b in members])[:, None]
+            last = torch.tensor([lengths[b] - 1 for b in members])[:, None]
+            column = torch.arange(T)[None]
+            rows = first + torch.minimum(column, last)  # (B, T)
+            own = column <= last
+            back[rows[own]] = offset + torch.arange(rows.numel()).view_as(rows)[own]
+            self.groups.append((rows.flatten().to(device), (len(members), T)))
+            offset += rows.numel()
+        self.back = back.to(device)
+
+
+def _similar(lengths: list[int]) -> list[list[int]]:
+    """Sequences by length, the longest first, a new group wherever one is shorter than its first by GROUP_RATIO."""
+    groups: list[list[int]] = []
+    for b in sorted(range(len(lengths)), key=lambda b: (-lengths[b], b)):
+        if groups and lengths[groups[-1][0]] <= GROUP_RATIO * lengths[b]:
+            groups[-1].append(b)
+        else:
+            groups.append([b])
+    return groups
+
+
+def packed_bounds(
+    batch_size: int, q_length: int, kv_length: int, q_offset: int, mask_function: Callable[..., Tensor],
+    attention_mask: Tensor | None, device: torch.device,
+) -> PackedBounds | None:  # fmt: skip
+    """The bounds of the sequences that `mask_function` keeps apart; None where they are no causal packed row."""
+    whole = batch_size == 1 and q_length == kv_length and int(q_offset) == 0 and attention_mask is None
+    if not whole or q_length < 2:
+        return None
+    zero, n = torch.zeros((), dtype=torch.int64, device=device), torch.arange(q_length, device=device)
+    sees_next = mask_function(zero, zero, n[:-1], n[1:])
+    sees_previous = torch.as_tensor(mask_function(zero, zero, n[1:], n[:-1]), device=device).expand(q_length - 1)
+    if torch.as_tensor(sees_next).any():
+        return None
+    cuts = [0, *((~sees_previous).nonzero().flatten() + 1).tolist(), q_length]
+    return PackedBounds([stop - start for start, stop in pairwise(cuts)], device)
+
+
+def varlen_mask(
+    batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0, *,
+    mask_function: Callable[..., Tensor], attention_mask: Tensor | None = None, device: Any = "cpu", **options: Any,
+) -> Any:  # fmt: skip
+    """What transformers hands to every layer as its attention mask: `PackedBounds`, or the mask of "sdpa"."""
+    from transformers.masking_utils import sdpa_mask
+
+    bounds = packed_bounds(batch_size, q_length, kv_length, q_offset, mask_function, attention_mask, device)
+    if bounds is not None:
+        return bounds
+    return sdpa_mask(
+        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function=mask_function,
+        attention_mask=attention_mask, device=device, **options,
+    )  # fmt: skip
+
+
+def varlen_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, dropout: float = 0.0,
+    scaling: float | None = None, sliding_window: int | None = None, **options: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """An attention function of transformers.
+
+    Args:
+        query, key, value: (1, H, N, d), key and value with fewer heads where they are shared.
+        attention_mask: of `varlen_mask`.
+        sliding_window: tokens a token attends to, itself among them; None: all before it.
+
+    Returns:
+        (1, N, H, d) and no attention weights.
+
+    Raises:
+        ValueError: the model wants scores capped or sinks, which no kernel here has.
+    """
+    if not isinstance(attention_mask, PackedBounds):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+            sliding_window=sliding_window, **options,
+        )  # fmt: skip
+    for name in ("softcap", "s_aux", "position_bias"):
+        if options.get(name) is not None:
+            raise ValueError(f"{NAME} attention has no {name}: use another --attention")
+    bounds, dtype = attention_mask, value.dtype
+    q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # (N, H, d)
+    if sliding_window is not None and sliding_window >= max(bounds.lengths):
+        sliding_window = None
+    flash = _flash_attention() if q.is_cuda and dtype in (torch.float16, torch.bfloat16) and not dropout else None
+    if flash is not None and q.shape[-1] == v.shape[-1] <= 256:
+        return flash(q, k, v, bounds, scaling, sliding_window)[None], None
+    outputs = []
+    for rows, (B, T) in bounds.groups:
+        some = (x[rows].view(B, T, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(
+            *some,
+            attn_mask=None if sliding_window is None else _window(T, sliding_window, q.device),
+            dropout_p=dropout, is_causal=sliding_window is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+        outputs.append(out.transpose(1, 2).reshape(B * T, *out.shape[1:2], -1))
+    padded = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return padded[bounds.back][None], None
+
+
+def _window(T: int, size: int, device: torch.device) -> Tensor:
+    """(T, T) bool: True where a row attends to a column."""
+    distance = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)[None]
+    return (distance >= 0) & (distance < size)
+
+
+def _flash_attention() -> Callable[..., Tensor] | None:
+    """torch's variable-length attention, if this torch has it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    # its arguments have changed from release to release: causal was a flag, and heads had to be repeated
+    known = inspect.signature(varlen_attn).parameters
+
+    def run(q: Tensor, k: Tensor, v: Tensor, bounds: PackedBounds, scale: float | None, window: int | None) -> Tensor:
+        options: dict[str, Any] = {} if scale is None else {"scale": scale}
+        if "window_size" in known:
+            options["window_size"] = (-1 if window is None else window - 1, 0)
+        elif window is None:
+            options["is_causal"] = True
+        else:
+            raise ValueError(
+                f"torch {torch.__version__} has no sliding window in {NAME} attention: use --attention sdpa"
+            )
+        if q.shape[1] != k.shape[1]:
+            if "enable_gqa" in known:
+                options["enable_gqa"] = True
+            else:
+                k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        longest = max(bounds.lengths)
+        return varlen_attn(q, k, v, bounds.cu_seqlens, bounds.cu_seqlens, longest, longest, **options)
+
+    return run
+
+
+def register() -> None:
+    """Makes the attention known to transformers as NAME."""
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+
+    AttentionInterface.register(NAME, varlen_attention)
+    AttentionMaskInterface.register(NAME, varlen_mask)
+
+
+@torch.no_grad()
+def use_packed_attention(model: nn.Module) -> str:
+    """Has a model attend within packed sequences without a mask: by flash-attn where that is installed and runs, else
+    by this file, else as it did.
+
+    What is chosen gives the hidden states that the model gave before, measured on a few made-up packed sequences.
+
+    Args:
+        model: causal language model of transformers, with or without adapters; in evaluation mode.
+
+    Returns:
+        The attention implementation, as transformers names it.
+    """
+    lm = causal_lm(model)
+    before: str = lm.config._attn_implementation
+    packed, alone = probe(model, [5, 7, 11, 7]), probe(model, [7])
+    expected = hidden_states(model, alone)[0]
+    candidates = [NAME] if SUPPORTED else []
+    if packed.input_ids.is_cuda and importlib.util.find_spec("flash_attn") is not None:
+        candidates.insert(0, "flash_attention_2")
+    for name in candidates:
+        register()
+        try:
+            lm.set_attn_implementation(name)
+            # the model decides by its own whether it can: an older one leaves its implementation as it is
+            if lm.config._attn_implementation == name:
+                hidden = hidden_states(model, packed)
+                if same_hidden_states(model, hidden[-7:], expected) and same_hidden_states(
+                    model, hidden[5:12], expected
+                ):
+                    return name
+        except (TypeError, ValueError, RuntimeError, ImportError, AttributeError, IndexError) as error:
+            logger.info("%s attention does not run here: %s", name, error)
+        lm.set_attn_implementation(before)
+    return before
