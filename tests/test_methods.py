@@ -89,7 +89,7 @@ def test_token_logps_are_the_initial_models(config):  # noqa: F811
         targets = [*example.labels[1:], IGNORE_INDEX]
         expected.append([logps[i, t].item() if t != IGNORE_INDEX else 0.0 for i, t in enumerate(targets)])
     for packed in (True, False):
-        ours = token_logps(attach(make_model()), config(), Collator(packed, 256, CPU, None), some, 2)
+        ours = token_logps(attach(make_model()), config(), Collator(packed, 256, CPU, None), [some[:2], some[2:]])
         for a, b in zip(ours, expected, strict=True):
             assert a == pytest.approx(b, abs=1e-4)
 

@@ -91,7 +91,8 @@ def test_references_are_computed_once(config, monkeypatch):
     with pytest.raises(SystemExit):
         unlearn(config(method="npo"))
     monkeypatch.undo()
-    monkeypatch.delattr("simnpo.training.setup.dealt")
+    monkeypatch.delattr("simnpo.training.reference.cache_key")
+    monkeypatch.delattr("simnpo.training.reference.reference_logps")
     unlearn(config(method="npo", resume=True))
 
 

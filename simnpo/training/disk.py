@@ -7,10 +7,12 @@ everything, whatever moment the process or the machine died at.
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from safetensors import SafetensorError
 
@@ -54,12 +56,12 @@ def remove_folder(path: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all.
+    """Writes a file whole or not at all, also where another process writes it at the same time.
 
     Raises:
         RunError: the disk is full or not writable; `path` is as it was.
     """
-    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{uuid4().hex}-{path.name}")
     try:
         temporary.write_bytes(data)
         _flush(temporary)
@@ -79,10 +81,16 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes what a killed process left half-written."""
+def remove_leftovers(folder: Path, older_than: float = 0.0) -> None:
+    """Removes what a killed process left half-written.
+
+    Args:
+        older_than: seconds since it was last written to; in a folder that others write to, longer than a write takes.
+    """
     for path in folder.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with suppress(FileNotFoundError):  # one that its writer has just finished
+            if not older_than or time.time() - path.stat().st_mtime > older_than:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _flush(path: Path) -> None:

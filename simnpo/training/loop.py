@@ -27,6 +27,7 @@ from simnpo.training import result, setup
 from simnpo.training.checkpoint import load_checkpoint, read_state, save_checkpoint
 from simnpo.training.log import Clock, RunLog, drop_rows_after, peak_memory_mib
 from simnpo.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
+from simnpo.training.reference import with_reference
 from simnpo.training.step import Collator, StepTotals, accumulate, dealt, not_finite, objective_weights
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def unlearn(config: UnlearnConfig) -> Path:
     accelerator.wait_for_everyone()  # until every rank has seen the folder as it was
     if accelerator.is_main_process:
         setup.open_output(config)
-    collator = setup.with_reference(config, accelerator, model, collator, forget, reload=checkpoint is not None)
+    collator = with_reference(config, accelerator, model, collator, forget, reload=checkpoint is not None)
     run = Run(config, accelerator, model, tokenizer, collator, forget, retain, heldout, facts)
 
     result.evaluate(run, "before")

@@ -1,4 +1,4 @@
-"""What stands before the first step: the folder, the data, the model, the reference log-probabilities."""
+"""What stands before the first step: the folder, the data, the model."""
 
 import hashlib
 import json
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from simnpo.attached_model import attach
@@ -20,7 +19,7 @@ from simnpo.model import add_lora, causal_lm, keeps_sequences_apart, load_weight
 from simnpo.pieces import separate, split
 from simnpo.training.checkpoint import checkpoints, keep_newest, read_state
 from simnpo.training.disk import remove_leftovers, write_json
-from simnpo.training.step import Collator, autocast, dealt, sequence_logps, token_logps
+from simnpo.training.step import Collator, autocast
 
 logger = logging.getLogger(__name__)
 
@@ -164,35 +163,3 @@ def check_pieces(packed: bool, forget: list[Example]) -> None:
                 "so they go through the model as one packed row, and this run does not pack: use --reward_per piece, "
                 "another --attention, or no --packing off"
             )
-
-
-def with_reference(
-    config: UnlearnConfig,
-    accelerator: Accelerator,
-    model: nn.Module,
-    collator: Collator,
-    forget: list[Example],
-    *,
-    reload: bool,
-) -> Collator:
-    """The collator with what the objective wants of the model as it is now: log-probabilities of forget examples and
-    alternates, or of each of their tokens.
-
-    They are computed once and kept in reference.json, so that there never is a second model.
-    """
-    objective = config.objective()
-    per_token = objective.needs_ref_token_logps
-    if not (objective.needs_ref_logps or per_token):
-        return collator
-    path = config.output_dir() / "reference.json"
-    known = reload and path.exists()
-    accelerator.wait_for_everyone()  # until every rank has seen whether it is there
-    if not known:
-        examples = [*forget, *(example.alternate for example in forget if example.alternate is not None)]
-        of_examples = token_logps if per_token else sequence_logps
-        values = dealt(accelerator, of_examples, model, config, collator, examples)
-        if accelerator.is_main_process:
-            write_json(path, {example.id: value for example, value in zip(examples, values)})
-    accelerator.wait_for_everyone()
-    reference = json.loads(path.read_text(encoding="utf-8"))
-    return collator._replace(**{"ref_token_logps" if per_token else "ref_logps": reference})

@@ -1,14 +1,14 @@
 """One optimizer step: the gradient of the loss over micro-batches and ranks."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import nn
 
 from simnpo.batch import Alternates, Batch, Sampler, collate, micro_batches
 from simnpo.config import UnlearnConfig
@@ -101,7 +101,7 @@ def not_finite(
     It names the examples that have no finite log-probability when each is run alone, or else all of the step.
     """
     examples = [example for some in drawn for example in some]
-    logps = sequence_logps(model, config, collator, examples, batch_size=1).tolist()
+    logps = sequence_logps(model, config, collator, [[example] for example in examples])
     guilty = [example for example, logp in zip(examples, logps) if not math.isfinite(logp)]
     return RunError(
         f"{what}, so the run stopped before the update; examples: {', '.join(e.id for e in guilty or examples)}. "
@@ -111,36 +111,40 @@ def not_finite(
 
 @torch.no_grad()
 def sequence_logps(
-    model: nn.Module, config: UnlearnConfig, collator: Collator, examples: list[Example], batch_size: int
-) -> Tensor:
-    """Log-probability of each example's targets under the attached model as it is, without a gradient.
+    model: nn.Module, config: UnlearnConfig, collator: Collator, batches: Iterable[Sequence[Example]]
+) -> list[float]:
+    """Log-probability of the targets of each example under the attached model as it is, nats.
 
-    Returns:
-        (len(examples),) float32 on the CPU, nats.
+    Args:
+        batches: what goes through the model together; the results stand in the same order, one after another.
     """
     was_training = model.training
     model.eval()
-    plain = collator.without_objective()
-    batches = (plain(examples[i : i + batch_size], []) for i in range(0, len(examples), batch_size))
-    with autocast(config, collator.device):
-        # gradient ascent is the objective that needs nothing but these
-        outputs = [
-            model(**batch.inputs(), objective=GradAscent(), chunk_tokens=config.chunk_tokens) for batch in batches
-        ]
+    plain, logps = collator.without_objective(), [torch.empty(0, device=collator.device)]
+    for some in batches:
+        batch = plain(some, [])
+        with autocast(config, collator.device):
+            # gradient ascent is the objective that needs nothing but these
+            out = model(**batch.inputs(), objective=GradAscent(), chunk_tokens=config.chunk_tokens)
+        logps.append(out.logps)
     model.train(was_training)
-    return torch.cat([torch.empty(0), *(out.logps.cpu() for out in outputs)])
+    return torch.cat(logps).tolist()
 
 
 @torch.no_grad()
 def token_logps(
-    model: nn.Module, config: UnlearnConfig, collator: Collator, examples: list[Example], batch_size: int
+    model: nn.Module, config: UnlearnConfig, collator: Collator, batches: Iterable[Sequence[Example]]
 ) -> list[list[float]]:
-    """Log-probability of each target of each example under the attached model as it is, nats, 0 where ignored."""
+    """Log-probability of each target of each example under the attached model as it is, nats, 0 where ignored.
+
+    Args:
+        batches: see `sequence_logps`.
+    """
     was_training = model.training
     model.eval()
     plain, rows = collator.without_objective(), []
-    for i in range(0, len(examples), batch_size):
-        batch = plain(examples[i : i + batch_size], [])
+    for some in batches:
+        batch = plain(some, [])
         with autocast(config, collator.device):
             logps = model(**batch.inputs(), token_logps=True, chunk_tokens=config.chunk_tokens).cpu()
         if batch.cu_seqlens is not None:
@@ -179,16 +183,16 @@ def objective_weights(
 
 def dealt(
     accelerator: Accelerator,
-    of_examples: Callable[[nn.Module, UnlearnConfig, Collator, list[Example], int], Tensor | list[Any]],
+    of_examples: Callable[[nn.Module, UnlearnConfig, Collator, list[Example], int], list[Any]],
     model: nn.Module,
     config: UnlearnConfig,
     collator: Collator,
     examples: list[Example],
 ) -> list[Any]:
-    """One of the functions above, of which every rank runs its share; all must call, and all get it of all examples."""
+    """`of_examples` (`objective_weights`), each rank running its share; all must call, and all get it of all."""
     rank, world = accelerator.process_index, accelerator.num_processes
     own = of_examples(model, config, collator, examples[rank::world], config.batch_size)
     values: list[Any] = [None] * len(examples)
-    for i, share in enumerate(gather_object([own.tolist() if isinstance(own, Tensor) else own])):
+    for i, share in enumerate(gather_object([own])):
         values[i::world] = share
     return values
