@@ -123,6 +123,16 @@ def peak_memory(work: Callable[[], Any], device: torch.device) -> float:
     return max(0.0, (_status_kib("VmHWM") - before) / 2**10)
 
 
+def resident_mib(device: torch.device) -> float:
+    """MiB held now: allocated by torch on a GPU, resident in RAM on a CPU."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.memory_allocated(device) / 2**20
+    _give_back_freed_memory()
+    return _status_kib("VmRSS") / 2**10
+
+
 def _give_back_freed_memory() -> None:
     """What earlier work has freed must not count as already there."""
     try:

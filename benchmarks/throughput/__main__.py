@@ -1,0 +1,265 @@
+"""Useful target tokens a second and peak memory of whole unlearning steps and runs: ours and other people's loops.
+
+python -m simnpo.benchmarks.throughput --data TOFU --batch-size 4 8
+
+Same model, batches, optimizer and arithmetic for all (see loops.py); their losses and gradients are compared first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from simnpo.benchmarks.measure import environment
+from simnpo.benchmarks.throughput.agreement import require_agreement
+from simnpo.benchmarks.throughput.loops import LOOPS, Loop
+from simnpo.benchmarks.throughput.memory import (
+    Outcome,
+    in_fresh_process,
+    outcome_of,
+    parse_bytes,
+    peak_mib,
+    step_peak,
+)
+from simnpo.benchmarks.throughput.shapes import SHAPES, random_model, vocab_size
+from simnpo.benchmarks.throughput.subject import Subject, make_subject, prepare, steps_of, with_reference
+from simnpo.benchmarks.throughput.tables import Row, write_results
+from simnpo.benchmarks.throughput.timing import OURS, npo_over_simnpo, our_run, their_run, time_steps
+from simnpo.benchmarks.throughput.workload import MAX_LENGTH, Workload, documents, tofu, tofu_sized
+from simnpo.config import UnlearnConfig
+from simnpo.demo import model_file
+from simnpo.errors import RunError, UserError
+from simnpo.model import load_tokenizer
+
+# the published forget05 run's
+FORGET_COEF, RETAIN_COEF, LEARNING_RATE = 0.1375, 1.0, 1e-5
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and what it is measured on."""
+
+    name: str
+    config: UnlearnConfig
+    tokenizer: Any
+    workloads: list[Workload]
+
+
+def configuration(options: argparse.Namespace, model: str) -> UnlearnConfig:
+    """What `simnpo unlearn` would be given; the examples come from a `Workload`, so its two files are names only."""
+    return UnlearnConfig(
+        model=model, forget="forget05.jsonl", retain="retain95.jsonl", output="unused", method=options.method,
+        forget_coef=FORGET_COEF, retain_coef=RETAIN_COEF, learning_rate=LEARNING_RATE, epochs=options.epochs,
+        batch_size=options.batch_size[0], precision=options.precision, lora=options.lora,
+        gradient_checkpointing=options.gradient_checkpointing, cpu=options.cpu, eval_examples=0,
+    )  # fmt: skip
+
+
+def cases(options: argparse.Namespace, models: Path, device: torch.device) -> Iterator[Case]:
+    """The models of the command line, one after the other.
+
+    Raises:
+        UserError: the model or the data is not there.
+    """
+    for shape in options.model_shape or [None]:
+        if shape is None:
+            model = options.model or str(model_file())
+            tokenizer: Any = load_tokenizer(model)
+            name, words = Path(model).name, len(tokenizer)
+        else:
+            model, tokenizer = random_model(shape, models, device), SimpleNamespace(pad_token_id=0)
+            name, words = f"{shape} (random weights)", vocab_size(shape)
+        if options.context:
+            workloads = [documents(T, words) for T in options.context]
+        else:
+            workloads = [tofu_sized(words) if options.data is None else tofu(options.data, tokenizer)]
+        yield Case(name, configuration(options, model), tokenizer, workloads)
+
+
+def measure_case(case: Case, options: argparse.Namespace, deadline: float) -> dict[str, list[Row]]:
+    """Steps, NPO against SimNPO, and runs of one model.
+
+    Raises:
+        RunError: the loops do not agree on the first batch.
+    """
+    results: dict[str, list[Row]] = {"steps": [], "npo": [], "runs": []}
+    loops = [loop for loop in LOOPS if not options.loops or any(part in loop.name for part in options.loops)]
+    here = [loop for loop in loops if importlib.util.find_spec(loop.package) is not None]
+    about = {"model": case.name}
+    subject = make_subject(case.config, case.workloads[0], case.tokenizer.pad_token_id, options.pad_to)
+    differences = require_agreement(subject, here)
+    for work in case.workloads:
+        for batch_size in options.batch_size:
+            if time.monotonic() > deadline:
+                print(f"time is up: {case.name}, {work.name}, batch {batch_size} not measured", file=sys.stderr)
+                continue
+            sized = subject.on(work, batch_size=batch_size)
+            where = about | {"workload": work.name, "batch": f"{batch_size}+{batch_size}"}
+            if options.rounds:
+                rows = [where | row for row in measure_steps(sized, loops, options)]
+                for row in rows:
+                    row["differences"] = differences[row["rival"]]._asdict() if row["rival"] in differences else None
+                results["steps"] += rows
+            if options.npo_rounds:
+                ratio, npo, simnpo = npo_over_simnpo(sized, options.npo_rounds)
+                results["npo"].append(
+                    where | {"ratio": ratio.median, "ratio_low": ratio.low, "ratio_high": ratio.high,
+                             "npo_ms": npo.timing.median, "simnpo_ms": simnpo.timing.median}
+                )  # fmt: skip
+    del subject
+    if options.whole_run:
+        for work in case.workloads:
+            for batch_size in options.batch_size:
+                config = replace(case.config, batch_size=batch_size)
+                where = about | {"workload": work.name, "batch": f"{batch_size}+{batch_size}"}
+                results["runs"] += [where | row for row in measure_runs(config, work, case.tokenizer, here, options)]
+    return results
+
+
+def measure_steps(subject: Subject, loops: list[Loop], options: argparse.Namespace) -> list[Row]:
+    """Memory one by one, then the time of those that fit, in turns."""
+    if subject.config.method == "npo":
+        subject = with_reference(subject)
+    everybody: dict[str, Loop | None] = {**{loop.name: loop for loop in loops}, OURS: None}
+    rows = {
+        name: {"rival": name, **vars(measure_memory(loop, subject, options.memory_limit))}
+        for name, loop in everybody.items()
+    }
+    standing = {name: (loop, subject) for name, loop in everybody.items() if rows[name]["status"] == "ok"}
+    times = time_steps(standing, options.rounds) if standing else {}
+    for name, seen in times.items():
+        timing = seen.timing
+        rows[name] |= {
+            "ms": timing.median, "ms_low": timing.low, "ms_high": timing.high,
+            "tokens_per_second": seen.tokens_per_second,
+            "x": {other: seen.times_as_fast_as(times[other]) for other in times},
+        }  # fmt: skip
+    return list(rows.values())
+
+
+def measure_memory(loop: Loop | None, subject: Subject, limit: int | None) -> Outcome:
+    if loop is not None and importlib.util.find_spec(loop.package) is None:
+        return Outcome("not here", note=f"not installed: pip install {loop.package}")
+    if subject.device.type == "cpu":
+        pad_token_id = subject.collator.pad_token_id
+        step = functools.partial(
+            step_peak, loop.name if loop else None, subject.config, subject.workload, pad_token_id, subject.pad_to
+        )
+        return in_fresh_process(step, limit)
+
+    def run() -> float:
+        prepare(loop, subject)
+        return peak_mib(steps_of(loop, subject), 0.0, subject.device)
+
+    outcome = outcome_of(run)
+    subject.optimizer.zero_grad()
+    torch.cuda.empty_cache()
+    return outcome
+
+
+def measure_runs(
+    config: UnlearnConfig, work: Workload, tokenizer: Any, loops: list[Loop], options: argparse.Namespace
+) -> Iterator[Row]:
+    yield our_run(config, work, tokenizer)
+    for loop in loops:
+        subject = make_subject(config, work, tokenizer.pad_token_id, options.pad_to)
+        if config.method == "npo":
+            subject = with_reference(subject)
+        yield their_run(loop, subject, options.rival_steps)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m simnpo.benchmarks.throughput", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--model", help="Hugging Face id, folder or .gguf file (default: the demo's SmolLM2-135M)")
+    parser.add_argument("--model-shape", nargs="+", choices=SHAPES, help="random weights of these shapes instead")
+    parser.add_argument("--models", type=Path, help="folder that keeps random models (default: a temporary one)")
+    parser.add_argument("--data", type=Path, help="folder with TOFU's files (default: made-up rows of their lengths)")
+    parser.add_argument("--context", nargs="+", type=int, metavar="T", help="documents of T tokens instead of TOFU")
+    parser.add_argument("--batch-size", nargs="+", type=int, default=[4], help="forget, and as many retain, sequences")
+    parser.add_argument("--loops", nargs="+", metavar="PART", help="only others whose name contains one of these")
+    parser.add_argument("--method", choices=("simnpo", "npo"), default="simnpo")
+    parser.add_argument("--precision", choices=DTYPES, default="bf16", help="of the arithmetic; the weights are fp32")
+    parser.add_argument("--lora", action="store_true", help="adapters on a bf16 body, for all loops")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="for all loops")
+    parser.add_argument("--pad-to", type=int, default=MAX_LENGTH, help="width of the published loop's rows at least")
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each loop that are timed; 0: none")
+    parser.add_argument("--npo-rounds", type=int, default=0, help="paired steps of NPO and SimNPO by our loop")
+    parser.add_argument("--whole-run", action="store_true", help="our own loop for --epochs, others --rival-steps")
+    parser.add_argument("--epochs", type=float, default=1.0, help="of the whole run")
+    parser.add_argument("--rival-steps", type=int, default=3, help="of the others, which take too long for whole runs")
+    parser.add_argument("--memory-limit", help="as 24GB: of the GPU's memory, or of what a process allocates")
+    parser.add_argument("--minutes", type=float, default=60.0, help="start no new batch after this long")
+    parser.add_argument("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
+    parser.add_argument("--output", type=Path, default=Path("bench-results"))
+    parser.add_argument("--name", default="throughput", help="of the files in --output")
+    return parser.parse_args(argv)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises `UserError` naming the option that makes no sense."""
+    if options.model and options.model_shape:
+        raise UserError("model and model-shape are two ways to name the model: give one of them")
+    if options.model_shape and options.data:
+        raise UserError("data is text, and a random model has no tokenizer: leave data out, made-up rows are as long")
+    for name, least in (("rounds", 0), ("npo_rounds", 0), ("rival_steps", 1)):
+        if getattr(options, name) < least:
+            raise UserError(f"{name} must be at least {least}, got {getattr(options, name)}")
+
+
+def limit_gpu_memory(limit: int | None, device: torch.device) -> None:
+    if limit is not None and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+
+
+def measure(options: argparse.Namespace, command: str) -> list[Path]:
+    """Everything the command line asks for; returns the files written."""
+    check(options)
+    options.memory_limit = parse_bytes(options.memory_limit) if options.memory_limit else None
+    device = torch.device("cuda" if torch.cuda.is_available() and not options.cpu else "cpu")
+    limit_gpu_memory(options.memory_limit, device)
+    facts = environment(device, DTYPES[options.precision], command)
+    facts["dtype"] += " arithmetic, " + ("bfloat16 body, float32 adapters" if options.lora else "float32 weights")
+    deadline = time.monotonic() + 60 * options.minutes
+    results: dict[str, list[Row]] = {"steps": [], "npo": [], "runs": []}
+    with tempfile.TemporaryDirectory() as temporary:
+        for case in cases(options, options.models or Path(temporary), device):
+            for kind, rows in measure_case(case, options, deadline).items():
+                results[kind] += rows
+            # after each model: what is measured is not lost to the next one
+            written = write_results(results, facts, options.output, options.name, device.type)
+    return written
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, 1 the loops disagree, 2 wrong input."""
+    options = parse(argv)
+    arguments = " ".join(sys.argv[1:] if argv is None else argv)
+    try:
+        written = measure(options, f"python -m simnpo.benchmarks.throughput {arguments}")
+    except (UserError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(written[0].read_text(encoding="utf-8"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
