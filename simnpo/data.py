@@ -132,7 +132,8 @@ def encode(row: dict[str, Any], tokenizer: Any, where: str, max_length: int | No
         max_length: tokens kept, from the start; None: all.
 
     Raises:
-        UserError: keys are missing, a response is empty or lost to max_length, or no token would be a target.
+        UserError: keys are missing, a response is empty, without a token or lost to max_length, or no token would be a
+            target.
     """
     if "text" in row:
         text = _string(row, "text", where)
@@ -164,7 +165,20 @@ def encode(row: dict[str, Any], tokenizer: Any, where: str, max_length: int | No
                 "tokens; raise max_length or shorten the prompt"
             )
         raise UserError(f"{where}: every target is ignored: no token of {_shorten(response)} has a token before it")
+    if num_own_targets(example, tokenizer) == 0:
+        if example.labels[0] not in (IGNORE_INDEX, *tokenizer.all_special_ids):
+            raise UserError(f"{where}: the only token of {_shorten(response)} has no token before it")
+        raise UserError(f"{where}: the tokenizer makes no token of {response!r}")
     return example
+
+
+def num_own_targets(example: Example, tokenizer: Any) -> int:
+    """Targets that spell the response: all but the special tokens that end it."""
+    targets = [label for label in example.labels[1:] if label != IGNORE_INDEX]
+    special = set(tokenizer.all_special_ids)
+    while targets and targets[-1] in special:
+        targets.pop()
+    return len(targets)
 
 
 def _encode_alternate(row: dict[str, Any], answer: str, tokenizer: Any, where: str, max_length: int | None) -> Example:

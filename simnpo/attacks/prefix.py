@@ -9,9 +9,8 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from simnpo.attacks.curves import Curves, Row
-from simnpo.data import Example
+from simnpo.data import Example, num_own_targets
 from simnpo.errors import UserError
-from simnpo.evaluation.questions import num_own_targets
 from simnpo.evaluation.subject import Subject, TargetScores
 from simnpo.metrics import rouge_l_recall
 

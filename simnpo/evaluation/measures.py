@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simnpo import metrics
-from simnpo.evaluation.questions import QuestionSet, num_own_targets
+from simnpo.data import num_own_targets
+from simnpo.evaluation.questions import QuestionSet
 from simnpo.evaluation.subject import Subject, TargetScores
 
 Numbers = NDArray[np.float64]
@@ -19,6 +20,7 @@ class Measures:
     """One number for each question of a set; see `simnpo.metrics`. None where the set lacks what it needs.
 
     Attributes:
+        num_tokens: that spell the answer.
         probability: of the answer, length-normalised.
         extraction_strength, exact_memorization: of the answer without the tokens that end it.
         min_k: Min-40% of the answer, nats.
@@ -28,6 +30,7 @@ class Measures:
         rouge_l_recall: of `written` against the answer.
     """
 
+    num_tokens: NDArray[np.int64]
     probability: Numbers
     extraction_strength: Numbers
     exact_memorization: Numbers
@@ -86,6 +89,7 @@ def _measures(
     if written is not None:
         recall = np.array(metrics.rouge_l_recall([example.response for example in questions.answers], written))
     return Measures(
+        num_tokens=np.array(own),
         probability=np.exp(-nll),
         extraction_strength=np.array([metrics.extraction_strength(hits) for hits in greedy]),
         exact_memorization=np.array([metrics.exact_memorization(hits) for hits in greedy]),

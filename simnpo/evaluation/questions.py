@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from simnpo.data import IGNORE_INDEX, Example, encode
+from simnpo.data import Example, encode
 from simnpo.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def encode_questions(rows: Iterable[Row], tokenizer: Any, max_length: int) -> Qu
     """
     answers, paraphrased, perturbed = [], [], []
     for where, row in rows:
-        answers.append(_example(row, tokenizer, where, max_length))
+        answers.append(encode(row, tokenizer, where, max_length))
         question = next((row[key] for key in ("question", "prompt") if key in row), None)
         if question is None and {"paraphrased_answer", "perturbed_answer"} & row.keys():
             raise UserError(f"{where}: paraphrased_answer and perturbed_answer need a question, found {sorted(row)}")
@@ -94,20 +94,4 @@ def _warn_about_cut(examples: Sequence[Example], max_length: int) -> None:
 
 
 def _answered(question: Any, answer: Any, tokenizer: Any, where: str, max_length: int) -> Example:
-    return _example({"question": question, "answer": answer}, tokenizer, where, max_length)
-
-
-def _example(row: dict[str, Any], tokenizer: Any, where: str, max_length: int) -> Example:
-    example = encode(row, tokenizer, where, max_length)
-    if num_own_targets(example, tokenizer) == 0:
-        raise UserError(f"{where}: the tokenizer makes no token of {example.response!r}")
-    return example
-
-
-def num_own_targets(example: Example, tokenizer: Any) -> int:
-    """Targets that spell the response: all but the special tokens that end it."""
-    targets = [label for label in example.labels[1:] if label != IGNORE_INDEX]
-    special = set(tokenizer.all_special_ids)
-    while targets and targets[-1] in special:
-        targets.pop()
-    return len(targets)
+    return encode({"question": question, "answer": answer}, tokenizer, where, max_length)
