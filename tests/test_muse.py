@@ -175,6 +175,13 @@ def test_a_text_of_one_token(subject, tmp_path):
         measure_muse(subject, muse)
 
 
+def test_a_retrained_model_that_is_none_is_refused_before_work_starts(model_dir, tmp_path, capsys):
+    base = ["evaluate", "--benchmark=muse", f"--model={model_dir}", f"--data={write_muse(tmp_path / 'news')}", "--cpu"]
+    assert main([*base, f"--output={tmp_path / 'out'}", f"--retain-model={tmp_path / 'gone'}"]) == 2
+    assert f"cannot load '{tmp_path / 'gone'}'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_options_that_would_be_ignored_are_refused(model_dir, tmp_path, capsys):
     base = ["evaluate", f"--model={model_dir}", f"--data={write_muse(tmp_path)}", f"--output={tmp_path / 'out'}"]
     assert main([*base, "--benchmark=muse", "--split=forget05"]) == 2

@@ -16,11 +16,12 @@ from conftest import make_model, make_tokenizer, write_rows
 from simnpo.attacks.relearn import Relearning, relearn
 from simnpo.cli import main
 from simnpo.errors import UserError
+from simnpo.evaluation.lengths import by_length
 from simnpo.evaluation.measures import measure
 from simnpo.evaluation.questions import encode_questions
 from simnpo.evaluation.subject import Subject
 from simnpo.evaluation.tofu import read_tofu
-from simnpo.metrics import model_utility, rouge_l_recall
+from simnpo.metrics import forget_quality, model_utility, rouge_l_recall
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "tofu"
 CHANGES = {"max_new_tokens": 6, "batch_size": 3, "precision": "fp32"}
@@ -153,9 +154,42 @@ def test_all_of_it_from_the_command_line(model_dir, tmp_path, capsys):
     assert "| forget | 6 |" in page
     assert "forget quality" in capsys.readouterr().out
 
+    # asked for the forget set alone, the retrained model has no utility
+    assert first["retrained_scores"] == {"model_utility": None}
+
     # results of the retrained model instead of the model
     second = evaluate(model_dir, data, tmp_path / "two", f"--retain-model={tmp_path / 'one' / 'results.json'}")
     assert second["scores"] == first["scores"] | {"forget_quality": 1.0, "privacy_leak": 0.0}
+    assert second["retrained_scores"] == {"model_utility": first["scores"]["model_utility"]}
+    assert "| model utility of the retrained model |" in (tmp_path / "two" / "results.md").read_text()
+    halves = second["forget_by_length"]
+    assert [half["forget_quality"] for half in halves.values()] == [1.0, 1.0]
+    for key in ("probability", "rouge_l_recall", "truth_ratio"):
+        assert np.mean([half[key] for half in halves.values()]) == pytest.approx(second["sets"]["forget"][key])
+    assert "| shorter half | 3 | " in (tmp_path / "two" / "results.md").read_text()
+
+
+def test_halves_by_length_of_the_answer(subject):
+    # the longest first, and one alone in the middle
+    rows = [(f"f:{i}", question(i)) for i in (4, 3, 2, 1, 0)]
+    questions = encode_questions(rows, subject.tokenizer, 200)
+    found = measure(subject, {"f": questions}, write=(), max_new_tokens=3)["f"]
+    assert found.num_tokens.tolist() == [len(row["answer"]) for _, row in rows]
+    retrained = np.array([0.1, 0.2, 0.3, *found.truth_ratio[3:]])
+    halves = by_length(found, retrained)
+    assert halves["shorter"]["tokens"] == [9, 11]
+    assert halves["longer"]["tokens"] == [13, 17]
+    assert halves["shorter"]["probability"] == pytest.approx(found.probability[3:].mean())
+    assert halves["longer"]["probability"] == pytest.approx(found.probability[:3].mean())
+    assert halves["shorter"]["forget_quality"] == 1.0
+    assert halves["longer"]["forget_quality"] == forget_quality(found.truth_ratio[:3], retrained[:3]) < 1
+    assert halves["longer"]["rouge_l_recall"] is None
+    assert by_length(found)["longer"]["forget_quality"] is None
+
+
+def test_one_answer_has_no_halves(subject):
+    questions = encode_questions([("f:0", question(0))], subject.tokenizer, 200)
+    assert by_length(measure(subject, {"f": questions}, write=(), max_new_tokens=3)["f"]) is None
 
 
 def test_without_a_retrained_model_quality_is_not_available(model_dir, tmp_path):

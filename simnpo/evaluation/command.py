@@ -155,11 +155,15 @@ def muse(arguments: argparse.Namespace) -> str:
         retrained_from_results,
     )
     from simnpo.evaluation.results import open_folder, versions, write_results
+    from simnpo.model import load_tokenizer
 
     refuse_options(arguments, "max_new_tokens", "split", "max_length")
     found, retrained, compared = read_muse(arguments.data, arguments.max_examples), None, arguments.retain_model
     if compared is not None and compared.endswith(".json"):
         retrained = retrained_from_results(Path(compared))
+    # a name that is none shows before the work, not between the two models
+    for name in (arguments.model, *([compared] if compared and retrained is None else [])):
+        load_tokenizer(name)
     folder = open_folder(arguments.output)
     scores, min_k, written = measure_muse(load(arguments, arguments.model), found)
     if compared is not None and retrained is None:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from simnpo import metrics
 from simnpo.errors import UserError
+from simnpo.evaluation.lengths import HALVES, by_length
 from simnpo.evaluation.measures import Measures
 from simnpo.evaluation.questions import QuestionSet, encode_questions
 from simnpo.evaluation.results import facts, markdown_table
@@ -44,6 +45,7 @@ class Retrained(NamedTuple):
     truth_ratio: list[float] | None
     forget_min_k: list[float]
     holdout_min_k: list[float] | None
+    model_utility: float | None = None
 
 
 def read_tofu(data: str, split: str, tokenizer: Any, max_length: int, max_examples: int | None = None) -> Tofu:
@@ -103,7 +105,8 @@ def retrained_from_results(path: Path, split: str, num_questions: int) -> Retrai
         forget = results["per_question"]["forget"]
         theirs = results["benchmark"], results["split"], len(forget["min_k"])
         holdout = results["per_question"].get("holdout", {}).get("min_k")
-        retrained = Retrained(str(path), forget["truth_ratio"], forget["min_k"], holdout)
+        utility = results["scores"]["model_utility"]
+        retrained = Retrained(str(path), forget["truth_ratio"], forget["min_k"], holdout, utility)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"retain_model: {path} is not results.json of `simnpo evaluate --benchmark tofu`") from error
     if theirs != ("tofu", split, num_questions):
@@ -120,7 +123,7 @@ def tofu_results(
     """Everything TOFU defines, from what was measured; a score that cannot be computed is None and has its reason."""
     not_available = {}
     sets = {name: _set_scores(name, m) for name, m in measures.items()}
-    forget, holdout = measures["forget"], measures.get("holdout")
+    forget = measures["forget"]
 
     quality = None
     if forget.truth_ratio is None:
@@ -142,29 +145,36 @@ def tofu_results(
     else:
         utility = metrics.model_utility([value for _, value in terms])  # type: ignore[misc]
 
-    auc = leak = None
-    if holdout is None:
-        not_available["privacy_leak"] = missing["holdout"]
-    else:
-        auc = metrics.membership_auc(forget.min_k, holdout.min_k)
-        if retrained is None or retrained.holdout_min_k is None:
-            not_available["privacy_leak"] = "it compares with a retrained model: --retain-model"
-        else:
-            theirs = metrics.membership_auc(retrained.forget_min_k, retrained.holdout_min_k)
-            if theirs == 0:
-                not_available["privacy_leak"] = (
-                    f"to {retrained.name} every forget answer is more familiar than any other"
-                )
-            else:
-                leak = metrics.privacy_leak(auc, theirs)
-
-    scores = {"forget_quality": quality, "model_utility": utility, "membership_auc": auc, "privacy_leak": leak}
+    privacy, reason = _privacy(measures, missing, retrained)
+    if reason is not None:
+        not_available["privacy_leak"] = reason
     return {
-        "scores": scores,
+        "scores": {"forget_quality": quality, "model_utility": utility, **privacy},
+        "retrained_scores": None if retrained is None else {"model_utility": retrained.model_utility},
         "not_available": not_available,
         "sets": sets,
+        "forget_by_length": by_length(forget, None if retrained is None else retrained.truth_ratio),
         "per_question": {name: _per_question(measures[name]) for name in RETRAINED_SETS if name in measures},
     }
+
+
+def _privacy(
+    measures: Mapping[str, Measures], missing: Mapping[str, str], retrained: Retrained | None
+) -> tuple[dict[str, float | None], str | None]:
+    """AUC and leakage, and why there is no leakage."""
+    scores: dict[str, float | None] = {"membership_auc": None, "privacy_leak": None}
+    if "holdout" not in measures:
+        return scores, missing["holdout"]
+    scores["membership_auc"] = auc = metrics.membership_auc(measures["forget"].min_k, measures["holdout"].min_k)
+    if retrained is None:
+        return scores, "it compares with a retrained model: --retain-model"
+    if retrained.holdout_min_k is None:
+        return scores, f"{retrained.name} has no held-out answers"
+    theirs = metrics.membership_auc(retrained.forget_min_k, retrained.holdout_min_k)
+    if theirs == 0:
+        return scores, f"to {retrained.name} every forget answer is more familiar than any other"
+    scores["privacy_leak"] = metrics.privacy_leak(auc, theirs)
+    return scores, None
 
 
 def _set_scores(name: str, measures: Measures) -> dict[str, Any]:
@@ -214,9 +224,13 @@ def tofu_page(results: Mapping[str, Any]) -> str:
         for name, value in results["scores"].items()
         if name in reasons or value is not None
     ]
+    if results["retrained_scores"] and results["retrained_scores"]["model_utility"] is not None:
+        scores.append(["model utility of the retrained model", results["retrained_scores"]["model_utility"]])
     measures = (*UTILITY_MEASURES, "extraction_strength", "exact_memorization")
     sets = [[name, s["questions"], *(s[key] for key in measures)] for name, s in results["sets"].items()]
     columns = ["set", "questions", "probability", "ROUGE-L", "truth ratio", "extraction strength", "exact memorisation"]
+    halves = results["forget_by_length"]
+    rows = [] if halves is None else [_half_row(name, halves[name]) for name in HALVES]
     return "\n".join(
         [
             f"# TOFU, {results['split']}\n",
@@ -225,5 +239,14 @@ def tofu_page(results: Mapping[str, Any]) -> str:
             markdown_table(columns, sets),
             "Probability of real authors and world facts: among the options. Truth ratio of the forget set: "
             "min(R, 1/R); of the others: max(0, 1 - R), with R = P(wrong) / P(right).\n",
+            *([markdown_table(HALF_COLUMNS, rows)] if rows else []),
         ]
     )
+
+
+HALF_COLUMNS = ("forget answers", "questions", "tokens", "forget quality", "probability", "ROUGE-L", "truth ratio")
+
+
+def _half_row(name: str, half: Mapping[str, Any]) -> list[Any]:
+    tokens = "{} to {}".format(*half["tokens"])
+    return [f"{name} half", half["questions"], tokens, half["forget_quality"], *(half[key] for key in UTILITY_MEASURES)]
