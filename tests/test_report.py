@@ -8,9 +8,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 
 from simnpo.cli import main
-from simnpo.report import judge, write_report
+from simnpo.evaluation import muse
+from simnpo.report import examined, judge, plots, write_report
 from simnpo.report.page import marked_words
 
 NASTY = '</td><script>alert("1")</script> {{ 7 * 7 }} & <img src=x>'
@@ -160,22 +162,31 @@ def test_the_report_of_a_copied_run_is_the_same(run_dir, tmp_path_factory):
 # Evaluations and attacks inside the folder of the run
 
 
-def tofu_results(quality: float | None, utility: float | None) -> dict:
+def tofu_results(quality: float | None, utility: float | None, retrained: float | None = None) -> dict:
     scores = {"forget_quality": quality, "model_utility": utility, "privacy_leak": None, "membership_auc": None}
-    forget = {"probability": 0.125, "rouge_l_recall": 0.25, "truth_ratio": 0.375}
-    return {"benchmark": "tofu", "scores": scores, "sets": {"forget": forget}}
+    forget = {"questions": 40, "probability": 0.125, "rouge_l_recall": 0.25, "truth_ratio": 0.375}
+    more = {"extraction_strength": 0.0625, "exact_memorization": 0.1875}
+    sets = {"world_facts": {**forget, "probability": 0.4375, **more}, "forget": forget | more}
+    half = forget | {"questions": 20, "tokens": [5, 9], "forget_quality": 0.3125}
+    results = {"benchmark": "tofu", "scores": scores, "sets": sets, "forget_by_length": {"shorter": half}}
+    return results | {"retrained_scores": None if retrained is None else {"model_utility": retrained}}
+
+
+def write_results(run_dir: Path, **folders: dict) -> None:
+    for name, results in folders.items():
+        (run_dir / name).mkdir(parents=True)
+        (run_dir / name / "results.json").write_text(json.dumps(results), encoding="utf-8")
 
 
 def test_evaluations_and_attacks_in_its_folder(run_dir, capsys):
-    for name, results in {
+    folders = {
         "tofu": tofu_results(0.7, 0.61),
         "compared/retrained": tofu_results(1.0, 0.63),
         "compared/start": tofu_results(None, 0.64),
         "attacks/relearn": {"attack": "relearn", "settings": {"share": 0.2, "epochs": NASTY}},
         "attacks/unfinished": {"attack": "prefix", "settings": {}},
-    }.items():
-        (run_dir / name).mkdir(parents=True)
-        (run_dir / name / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    }
+    write_results(run_dir, **folders)
     curves = (write_report(run_dir).parent / "plots/nll.png").read_bytes()
     (run_dir / "attacks/relearn/curves.png").write_bytes(curves)
 
@@ -190,6 +201,55 @@ def test_evaluations_and_attacks_in_its_folder(run_dir, capsys):
     assert html.count("<h2>Attack: ") == 1
     assert base64.b64encode(curves).decode() in html
     assert "<script" not in html
+
+
+def test_every_set_and_both_halves_of_the_forget_set(run_dir):
+    write_results(run_dir, tofu=tofu_results(0.7, 0.61))
+    rows = write_report(run_dir).read_text(encoding="utf-8").split("set by set")[1].split("</table>")[0].split("<tr>")
+    titles = ["Forget", "World facts", "Forget, shorter half (5 to 9 tokens)"]
+    assert [row.split("</td>")[0] for row in rows[2:]] == [f"<td>{title}" for title in titles]
+    expected = [
+        "40 0.125 0.25 0.375 0.0625 0.188 0.7",
+        "40 0.438 0.25 0.375 0.0625 0.188 –",
+        "20 0.125 0.25 0.375 – – 0.312",
+    ]
+    assert [" ".join(re.findall(r'"[^"]*">([^<]*)</td>', row)) for row in rows[2:]] == expected
+
+
+def test_the_retrained_model_is_a_star(run_dir, monkeypatch):
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, *args, **how: [drawn.append(args), *plot(self, *args, **how)][1:])
+    for name, retrained in (("tofu", 0.63), ("start", 0.63), ("other", None)):
+        write_results(run_dir, **{name: tofu_results(0.01, 0.61, retrained)})
+    found = examined.find_tofu(run_dir)
+    plots.tofu_plot(found, "light")
+    stars = [args for args in drawn if args[2] == "*"]
+    # told from itself it has a forget quality of 1
+    assert stars == [(0.63, 0.0, "*")]
+    assert sorted(args[:2] for args in drawn if args[2] != "*") == [(0.61, -2.0)] * 3
+
+
+def test_results_of_an_older_evaluation_have_a_page(run_dir):
+    results = tofu_results(0.7, 0.61)
+    del results["forget_by_length"], results["retrained_scores"]
+    write_results(run_dir, tofu=results)
+    assert "set by set" in write_report(run_dir).read_text(encoding="utf-8")
+
+
+def test_muse_and_the_harness(run_dir):
+    scores = {"verbmem_forget": 12.5, "knowmem_forget": 25.0, "knowmem_retain": None}
+    scores |= {"membership_auc": 0.25, "privleak": -50.0}
+    news = {"benchmark": "muse", "scores": scores, "retrained_scores": {"verbmem_forget": 20.5}}
+    accuracies = {"wmdp_bio": {"accuracy": 0.375, "standard_error": 0.01}}
+    write_results(run_dir, news=news, biology={"benchmark": "wmdp", "scores": accuracies})
+    html = write_report(run_dir).read_text(encoding="utf-8")
+    assert "<h2>MUSE: news</h2>" in html
+    verbmem, *_, privleak = html.split("MUSE: news")[1].split("</table>")[0].split("<tr>")[2:]
+    assert re.findall(r'"[^"]*">([^<]*)</td>', verbmem) == ["12.5", "20.5"]
+    assert re.findall(r'"[^"]*">([^<]*)</td>', privleak) == ["-50", "–"]
+    assert "<h2>WMDP: biology</h2>" in html
+    assert '<td>accuracy, wmdp_bio</td><td data-label="model">0.375</td>' in html
+    assert examined.MUSE_SCORES.keys() == muse.NAMES.keys()
 
 
 def test_report_of_no_folder(tmp_path, capsys):

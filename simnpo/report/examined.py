@@ -5,15 +5,40 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+TOFU_SETS = {
+    "forget": "Forget", "retain": "Retain", "real_authors": "Real authors", "world_facts": "World facts",
+    "holdout": "Held-out",
+}  # fmt: skip
+MUSE_SCORES = {
+    "verbmem_forget": "VerbMem on forget, lower: forgotten",
+    "knowmem_forget": "KnowMem on forget, lower: forgotten",
+    "knowmem_retain": "KnowMem on retain, higher: kept",
+    "membership_auc": "AUC of Min-40%",
+    "privleak": "PrivLeak, percent, 0: as the retrained model",
+}
+
 
 class TofuScores(NamedTuple):
-    """TOFU's scores of one model; None where they could not be computed."""
+    """TOFU's scores of one model; None where they could not be computed.
+
+    name: of its folder.   sets: (title, scores) of each set, then of both halves of the forget set by the length of
+    the answer.   retrained_utility: of the retrained model it was compared with.
+    """
 
     name: str
     forget_quality: float | None
     model_utility: float | None
     privacy_leak: float | None
-    forget: dict[str, float | None]  # of the forget set: probability, rouge_l_recall, truth_ratio, ...
+    sets: list[tuple[str, dict[str, Any]]]
+    retrained_utility: float | None
+
+
+class BenchmarkScores(NamedTuple):
+    """The scores of another benchmark: (what, value, of the retrained model), None where there is none."""
+
+    name: str
+    title: str
+    rows: list[tuple[str, float | None, float | None]]
 
 
 class Attack(NamedTuple):
@@ -31,7 +56,33 @@ def find_tofu(run_dir: Path) -> list[TofuScores]:
     for path, results in _results(run_dir):
         if results.get("benchmark") == "tofu":
             scores = {name: results["scores"][name] for name in ("forget_quality", "model_utility", "privacy_leak")}
-            found.append(TofuScores(path.parent.name, **scores, forget=results["sets"]["forget"]))
+            retrained = (results.get("retrained_scores") or {}).get("model_utility")
+            found.append(TofuScores(path.parent.name, **scores, sets=_tofu_sets(results), retrained_utility=retrained))
+    return found
+
+
+def _tofu_sets(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    sets = [(title, results["sets"][name]) for name, title in TOFU_SETS.items() if name in results["sets"]]
+    quality = {"forget_quality": results["scores"]["forget_quality"]}
+    # an evaluation from before there were halves has none
+    halves = (results.get("forget_by_length") or {}).items()
+    by_half = [("Forget, {} half ({} to {} tokens)".format(name, *half["tokens"]), half) for name, half in halves]
+    return [(title, one | quality) if title == TOFU_SETS["forget"] else (title, one) for title, one in sets] + by_half
+
+
+def find_benchmarks(run_dir: Path) -> list[BenchmarkScores]:
+    """Results of MUSE, WMDP and MMLU in the folders of a run."""
+    found = []
+    for path, results in _results(run_dir):
+        benchmark = results.get("benchmark", "")
+        rows: list[tuple[str, float | None, float | None]] = []
+        if benchmark == "muse":
+            retrained = results["retrained_scores"] or {}
+            rows = [(title, results["scores"][name], retrained.get(name)) for name, title in MUSE_SCORES.items()]
+        elif benchmark in ("wmdp", "mmlu"):
+            rows = [(f"accuracy, {task}", one["accuracy"], None) for task, one in results["scores"].items()]
+        if rows:
+            found.append(BenchmarkScores(path.parent.name, benchmark.upper(), rows))
     return found
 
 

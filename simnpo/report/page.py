@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from simnpo.report.examined import find_attacks, find_tofu
+from simnpo.report.examined import find_attacks, find_benchmarks, find_tofu
 from simnpo.report.plots import THEMES, nll_plot, tofu_plot, weights_plot
 from simnpo.report.verdict import judge
 from simnpo.training.disk import write_bytes, write_text
@@ -66,6 +66,7 @@ def write_report(run_dir: str | Path) -> Path:
         weight_images=_pictures(run_dir, "weights", weights_plot, run.weights),
         tofu=tofu,
         tofu_images=_pictures(run_dir, "tofu", tofu_plot, placed or None),
+        benchmarks=find_benchmarks(run_dir),
         attacks=find_attacks(run_dir),
     )
     path = run_dir / "report.html"

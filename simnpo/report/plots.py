@@ -78,6 +78,8 @@ def weights_plot(weights: list[dict[str, Any]], theme: str) -> bytes:
 def tofu_plot(scores: list[TofuScores], theme: str) -> bytes:
     """Forget quality against model utility, a point a model, as PNG: up and to the right is better.
 
+    The retrained model is a star: told from itself it has a forget quality of 1.
+
     Args:
         scores: those with both numbers.
         theme: a key of THEMES.
@@ -89,6 +91,11 @@ def tofu_plot(scores: list[TofuScores], theme: str) -> bytes:
             axes.plot(
                 utility, math.log10(max(quality, 1e-300)), MARKERS[(i + i // len(colours)) % len(MARKERS)],
                 color=colours[i % len(colours)], markersize=8, label=one.name, linestyle="none",
+            )  # fmt: skip
+        for i, utility in enumerate(sorted({one.retrained_utility for one in scores} - {None})):  # type: ignore
+            axes.plot(
+                utility, 0.0, "*", color=THEMES[theme]["ink"], markersize=12, linestyle="none",
+                label="retrained" if i == 0 else None,
             )  # fmt: skip
         axes.axhline(math.log10(0.05), color=THEMES[theme]["ink"], linewidth=0.8, linestyle=":")
         axes.set_xlabel("model utility")
