@@ -37,6 +37,7 @@ def test_list_methods_names_formula_weight_and_source(capsys):
         objective = method.objective
         assert all(fact in entry for fact in (objective.formula, objective.weight, objective.source))
     assert "satimp  (beta1=5, beta2=1)" in text
+    assert "\nw-graddiff\n    fixed   normalize=True\n" in text
 
 
 def test_the_readme_has_every_method():

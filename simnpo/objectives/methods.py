@@ -62,12 +62,13 @@ def describe() -> str:
         "s: sum of l_t = log p_t over the n tokens of a forget answer; s_ref, q_t: the same of the model before",
         "the first step; z, p: logits and probabilities of a position; sg: without a gradient. The weight is the",
         "derivative in a token's log-probability, dz that in its row of logits. Options: --beta, --gamma,",
-        "--method_args.",
+        "--method_args. In Python every one of them also takes weights of tokens (token_weights=).",
     ]
     for name, method in METHODS.items():
         options = ", ".join(f"{option}={default:g}" for option, default in method.options().items())
         lines += [
             f"\n{name}" + f"  ({options})" * bool(options),
+            *(f"    fixed   {setting}={value}" for setting, value in method.settings.items()),
             f"    loss    {method.objective.formula}",
             f"    weight  {method.objective.weight}",
             f"    source  {method.objective.source}",

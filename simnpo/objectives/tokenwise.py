@@ -134,7 +134,7 @@ class Unlikelihood(TokenObjective):
 
     formula: ClassVar[str] = "mean_t -log(1 - p_t)"
     weight: ClassVar[str] = "p_t / (1 - p_t) / n"
-    source: ClassVar[str] = "arXiv 1908.04319; CE-U: arXiv 2503.01224"
+    source: ClassVar[str] = "arXiv 1908.04319; CE-U, another loss of the same gradient: arXiv 2503.01224"
 
     def loss_and_slope(self, token_logps: Tensor, ref_token_logps: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return -log1mexp(token_logps), torch.exp(token_logps - log1mexp(token_logps))
