@@ -14,78 +14,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from simnpo.benchmarks.measure import environment
 from simnpo.benchmarks.throughput.agreement import require_agreement
+from simnpo.benchmarks.throughput.cases import Case, add_arguments, cases, check
 from simnpo.benchmarks.throughput.loops import LOOPS, Loop
-from simnpo.benchmarks.throughput.memory import (
-    Outcome,
-    in_fresh_process,
-    outcome_of,
-    parse_bytes,
-    peak_mib,
-    step_peak,
-)
-from simnpo.benchmarks.throughput.shapes import SHAPES, random_model, vocab_size
+from simnpo.benchmarks.throughput.memory import Outcome, in_fresh_process, outcome_of, peak_mib, step_peak
 from simnpo.benchmarks.throughput.subject import Subject, make_subject, prepare, steps_of, with_reference
 from simnpo.benchmarks.throughput.tables import Row, write_results
 from simnpo.benchmarks.throughput.timing import OURS, npo_over_simnpo, our_run, their_run, time_steps
-from simnpo.benchmarks.throughput.workload import MAX_LENGTH, Workload, documents, tofu, tofu_sized
+from simnpo.benchmarks.throughput.workload import MAX_LENGTH, Workload
 from simnpo.config import UnlearnConfig
-from simnpo.demo import model_file
 from simnpo.errors import RunError, UserError
-from simnpo.model import load_tokenizer
 
-# the published forget05 run's
-FORGET_COEF, RETAIN_COEF, LEARNING_RATE = 0.1375, 1.0, 1e-5
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model and what it is measured on."""
-
-    name: str
-    config: UnlearnConfig
-    tokenizer: Any
-    workloads: list[Workload]
-
-
-def configuration(options: argparse.Namespace, model: str) -> UnlearnConfig:
-    """What `simnpo unlearn` would be given; the examples come from a `Workload`, so its two files are names only."""
-    return UnlearnConfig(
-        model=model, forget="forget05.jsonl", retain="retain95.jsonl", output="unused", method=options.method,
-        forget_coef=FORGET_COEF, retain_coef=RETAIN_COEF, learning_rate=LEARNING_RATE, epochs=options.epochs,
-        batch_size=options.batch_size[0], precision=options.precision, lora=options.lora,
-        gradient_checkpointing=options.gradient_checkpointing, cpu=options.cpu, eval_examples=0,
-    )  # fmt: skip
-
-
-def cases(options: argparse.Namespace, models: Path, device: torch.device) -> Iterator[Case]:
-    """The models of the command line, one after the other.
-
-    Raises:
-        UserError: the model or the data is not there.
-    """
-    for shape in options.model_shape or [None]:
-        if shape is None:
-            model = options.model or str(model_file())
-            tokenizer: Any = load_tokenizer(model)
-            name, words = Path(model).name, len(tokenizer)
-        else:
-            model, tokenizer = random_model(shape, models, device), SimpleNamespace(pad_token_id=0)
-            name, words = f"{shape} (random weights)", vocab_size(shape)
-        if options.context:
-            workloads = [documents(T, words) for T in options.context]
-        else:
-            workloads = [tofu_sized(words) if options.data is None else tofu(options.data, tokenizer)]
-        yield Case(name, configuration(options, model), tokenizer, workloads)
 
 
 def measure_case(case: Case, options: argparse.Namespace, deadline: float) -> dict[str, list[Row]]:
@@ -138,7 +85,17 @@ def measure_steps(subject: Subject, loops: list[Loop], options: argparse.Namespa
         for name, loop in everybody.items()
     }
     standing = {name: (loop, subject) for name, loop in everybody.items() if rows[name]["status"] == "ok"}
-    times = time_steps(standing, options.rounds) if standing else {}
+    # on a GPU the measurement of memory has warmed up this process already
+    warmup = 0 if subject.device.type == "cuda" else 1
+    times = {}
+
+    def time_them() -> float:
+        times.update(time_steps(standing, options.rounds, warmup=warmup))
+        return 0.0
+
+    if standing and (outcome := outcome_of(time_them)).status != "ok":
+        for name in standing:
+            rows[name]["note"] = f"{outcome.status} while it was timed: {outcome.note}"
     for name, seen in times.items():
         timing = seen.timing
         rows[name] |= {
@@ -184,11 +141,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m simnpo.benchmarks.throughput", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--model", help="Hugging Face id, folder or .gguf file (default: the demo's SmolLM2-135M)")
-    parser.add_argument("--model-shape", nargs="+", choices=SHAPES, help="random weights of these shapes instead")
-    parser.add_argument("--models", type=Path, help="folder that keeps random models (default: a temporary one)")
-    parser.add_argument("--data", type=Path, help="folder with TOFU's files (default: made-up rows of their lengths)")
-    parser.add_argument("--context", nargs="+", type=int, metavar="T", help="documents of T tokens instead of TOFU")
+    add_arguments(parser)
     parser.add_argument("--batch-size", nargs="+", type=int, default=[4], help="forget, and as many retain, sequences")
     parser.add_argument("--loops", nargs="+", metavar="PART", help="only others whose name contains one of these")
     parser.add_argument("--method", choices=("simnpo", "npo"), default="simnpo")
@@ -201,43 +154,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--whole-run", action="store_true", help="our own loop for --epochs, others --rival-steps")
     parser.add_argument("--epochs", type=float, default=1.0, help="of the whole run")
     parser.add_argument("--rival-steps", type=int, default=3, help="of the others, which take too long for whole runs")
-    parser.add_argument("--memory-limit", help="as 24GB: of the GPU's memory, or of what a process allocates")
     parser.add_argument("--minutes", type=float, default=60.0, help="start no new batch after this long")
-    parser.add_argument("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
-    parser.add_argument("--output", type=Path, default=Path("bench-results"))
     parser.add_argument("--name", default="throughput", help="of the files in --output")
     return parser.parse_args(argv)
 
 
-def check(options: argparse.Namespace) -> None:
-    """Raises `UserError` naming the option that makes no sense."""
-    if options.model and options.model_shape:
-        raise UserError("model and model-shape are two ways to name the model: give one of them")
-    if options.model_shape and options.data:
-        raise UserError("data is text, and a random model has no tokenizer: leave data out, made-up rows are as long")
-    for name, least in (("rounds", 0), ("npo_rounds", 0), ("rival_steps", 1)):
-        if getattr(options, name) < least:
-            raise UserError(f"{name} must be at least {least}, got {getattr(options, name)}")
-
-
-def limit_gpu_memory(limit: int | None, device: torch.device) -> None:
-    if limit is not None and device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
-
-
 def measure(options: argparse.Namespace, command: str) -> list[Path]:
     """Everything the command line asks for; returns the files written."""
-    check(options)
-    options.memory_limit = parse_bytes(options.memory_limit) if options.memory_limit else None
-    device = torch.device("cuda" if torch.cuda.is_available() and not options.cpu else "cpu")
-    limit_gpu_memory(options.memory_limit, device)
+    device = check(options, {"rounds": 0, "npo_rounds": 0, "rival_steps": 1})
+    changes = {name: getattr(options, name) for name in ("method", "epochs", "precision", "lora")}
+    changes |= {"batch_size": options.batch_size[0], "gradient_checkpointing": options.gradient_checkpointing}
     facts = environment(device, DTYPES[options.precision], command)
     facts["dtype"] += " arithmetic, " + ("bfloat16 body, float32 adapters" if options.lora else "float32 weights")
     deadline = time.monotonic() + 60 * options.minutes
     results: dict[str, list[Row]] = {"steps": [], "npo": [], "runs": []}
     with tempfile.TemporaryDirectory() as temporary:
-        for case in cases(options, options.models or Path(temporary), device):
+        for case in cases(options, options.models or Path(temporary), device, **changes):
             for kind, rows in measure_case(case, options, deadline).items():
                 results[kind] += rows
             # after each model: what is measured is not lost to the next one

@@ -18,7 +18,6 @@ from simnpo.training import reference, setup
 from simnpo.training.loop import Run, train
 
 OURS = "simnpo"
-WARMUP = 1
 
 
 @dataclass(frozen=True)
@@ -43,16 +42,19 @@ class StepTimes:
         return statistics.median(theirs / ours for theirs, ours in pairs)
 
 
-def time_steps(subjects: Mapping[str, tuple[Loop | None, Subject]], rounds: int) -> dict[str, StepTimes]:
+def time_steps(
+    subjects: Mapping[str, tuple[Loop | None, Subject]], rounds: int, *, warmup: int = 1
+) -> dict[str, StepTimes]:
     """Every loop takes step k in round k, in an order that changes; making a reference model is not timed.
 
     Args:
         subjects: by what the row is called: a loop (None: ours) and what it works on. They may share a model.
+        rounds, warmup: timed steps of each, and those before them.
     """
     steps = {name: steps_of(loop, subject) for name, (loop, subject) in subjects.items()}
     for name, (loop, subject) in subjects.items():
         prepare(loop, subject)
-        for _ in range(WARMUP):
+        for _ in range(warmup):
             steps[name]()
     names = list(subjects)
     seen: dict[str, list[float]] = {name: [] for name in names}
@@ -64,7 +66,7 @@ def time_steps(subjects: Mapping[str, tuple[Loop | None, Subject]], rounds: int)
             timing = time_interleaved({name: steps[name]}, subject.device, rounds=1, warmup=0)
             seen[name].append(timing[name].total.median)
     return {
-        name: StepTimes(times, [subjects[name][1].useful_tokens(WARMUP + turn) for turn in range(rounds)])
+        name: StepTimes(times, [subjects[name][1].useful_tokens(warmup + turn) for turn in range(rounds)])
         for name, times in seen.items()
     }
 
