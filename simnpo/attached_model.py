@@ -103,6 +103,7 @@ def attach(model: nn.Module, *, verify: bool = True) -> Any:
     if lm.config.is_encoder_decoder:
         raise UserError(f"model: {type(lm).__name__} is an encoder-decoder; a causal language model is needed")
     _attach_head(lm)
+    _keep_4bit_weights(lm)
     if not isinstance(lm, AttachedModel):
         lm.__class__ = _attached_class(type(lm))
         _refresh_forward(lm)
@@ -119,6 +120,15 @@ def attach(model: nn.Module, *, verify: bool = True) -> Any:
         verify_head(lm)
         lm.train(was_training)
     return model
+
+
+def _keep_4bit_weights(lm: nn.Module) -> None:
+    """Forbids bitsandbytes to repack 4-bit weights for inference on a CPU, which it does in the first forward without a
+    gradient: a product with repacked weights has none ever after, and says nothing.
+    """
+    for module in lm.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _is_in_parts(lm: nn.Module) -> bool:

@@ -190,7 +190,8 @@ def _flash_attention() -> Callable[..., Tensor] | None:
             else:
                 k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         longest = max(bounds.lengths)
-        return varlen_attn(q, k, v, bounds.cu_seqlens, bounds.cu_seqlens, longest, longest, **options)
+        out: Any = varlen_attn(q, k, v, bounds.cu_seqlens, bounds.cu_seqlens, longest, longest, **options)
+        return out
 
     return run
 
@@ -218,7 +219,7 @@ def use_packed_attention(model: nn.Module) -> str:
         The attention implementation, as transformers names it.
     """
     lm = causal_lm(model)
-    before: str = lm.config._attn_implementation
+    before: Any = lm.config._attn_implementation
     packed, alone = probe(model, [5, 7, 11, 7]), probe(model, [7])
     expected = hidden_states(model, alone)[0]
     candidates = [NAME] if SUPPORTED else []

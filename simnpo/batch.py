@@ -212,3 +212,22 @@ def seed_torch(seed: int, step: int, rank: int) -> None:
 def micro_batches(examples: Sequence[Any], count: int) -> list[Sequence[Any]]:
     """Deals examples out to `count` micro-batches."""
     return [examples[i::count] for i in range(count)]
+
+
+def forward_passes(
+    forget: Sequence[Any], retain: Sequence[Any], count: int, *, separate: bool
+) -> list[tuple[Sequence[Any], Sequence[Any]]]:
+    """What goes through the model together in a step, none of it empty.
+
+    Args:
+        forget, retain: the step's, of one rank.
+        count: micro-batches.
+        separate: forget and retain examples of a micro-batch one after the other.
+
+    Returns:
+        (forget, retain) of each forward.
+    """
+    passes = list(zip(micro_batches(forget, count), micro_batches(retain, count), strict=True))
+    if separate:
+        passes = [one for some, others in passes for one in ((some, others[:0]), (some[:0], others))]
+    return [(some, others) for some, others in passes if len(some) or len(others)]

@@ -181,8 +181,11 @@ class UnlearnConfig:
         for name, asked, other, given in needs:
             if asked and not given:
                 raise UserError(f"{name} needs {other}")
-        if self.weights == "bf16" and self.lora:
-            raise UserError("weights bf16 are for training the whole model: adapters stay fp32, their body is bf16")
+        if self.weights == "bf16" and (self.lora or self.precision != "bf16"):
+            raise UserError(
+                "weights bf16 are for training the whole model in bf16 arithmetic: adapters stay fp32, and the body "
+                "they freeze is in the dtype of the arithmetic anyway"
+            )
 
     def objective(self) -> Objective:
         """The forget objective with its options.

@@ -1,5 +1,6 @@
 """The model as this package sees it: a body that ends in hidden states, and a head only the fused loss multiplies."""
 
+import importlib.util
 import logging
 from itertools import chain
 from pathlib import Path
@@ -57,26 +58,42 @@ def load_model(
     return load_weights(name_or_path, dtype=dtype, attention=attention), tokenizer
 
 
-def load_weights(name_or_path: str, *, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
+def load_weights(
+    name_or_path: str, *, dtype: torch.dtype, attention: str | None = None, in_4bit_on: torch.device | None = None
+) -> PreTrainedModel:
     """Loads a causal language model.
 
     Args:
         name_or_path: Hugging Face id, folder, or path of a .gguf file.
         dtype: of the weights.
         attention: attention implementation as transformers names it; None is transformers' choice.
+        in_4bit_on: put the model there with its linear layers, but the head, in 4 bits (NF4, double quantisation);
+            `dtype` is that of everything else and of the arithmetic. None: no quantisation, on the CPU.
 
     Raises:
-        UserError: there is no such model, or transformers cannot read it.
+        UserError: there is no such model, transformers cannot read it, or bitsandbytes is not installed.
     """
     is_gguf = name_or_path.endswith(".gguf")
+    if in_4bit_on is not None and is_gguf:
+        raise UserError(f"load_in_4bit: {name_or_path} is a GGUF file, which is loaded as it is: give a folder or id")
     # in another dtype transformers would keep the weights of a GGUF file packed
     options: dict[str, Any] = {DTYPE: torch.float32 if is_gguf else dtype}
     if attention is not None:
         options["attn_implementation"] = attention
+    if in_4bit_on is not None:
+        options |= {"quantization_config": _nf4(dtype), "device_map": {"": in_4bit_on}}
     model = _from_pretrained(AutoModelForCausalLM, name_or_path, **options)
     if is_gguf:
         model = _without_quantization(model, dtype)
     return model.eval()
+
+
+def _nf4(dtype: torch.dtype) -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("load_in_4bit needs bitsandbytes: pip install bitsandbytes")
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
 
 
 def _from_pretrained(auto_class: Any, name_or_path: str, **options: Any) -> Any:

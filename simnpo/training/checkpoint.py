@@ -10,10 +10,11 @@ from torch import nn
 
 from simnpo.errors import UserError
 from simnpo.training.disk import remove_folder, whole_folder, write_json
+from simnpo.training.optimizer import Optimizer
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], *, keep: int
+    folder: Path, step: int, model: nn.Module, optimizer: Optimizer, state: dict[str, Any], *, keep: int
 ) -> None:
     """Writes checkpoint `folder`/step-00000012 with what step 13 needs, then removes all but the newest `keep`.
 
@@ -37,7 +38,7 @@ def keep_newest(folder: Path, keep: int) -> None:
         remove_folder(old)
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Puts a checkpoint's weights and optimizer state in place.
 
     Raises:

@@ -28,6 +28,7 @@ from simnpo.training.checkpoint import load_checkpoint, read_state, save_checkpo
 from simnpo.training.log import Clock, RunLog, drop_rows_after, peak_memory_mib
 from simnpo.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
 from simnpo.training.reference import with_reference
+from simnpo.training.smaller import SmallerSteps
 from simnpo.training.step import Collator, StepTotals, accumulate, dealt, not_finite, objective_weights
 
 logger = logging.getLogger(__name__)
@@ -121,6 +122,10 @@ def start_accelerator(config: UnlearnConfig) -> Accelerator:
             f"{launched} processes were launched and accelerate found no accelerator for them to share: each would run "
             "alone and write over the others; add --cpu to run them on the CPU"
         )
+    if accelerator.num_processes > 1 and config.gradient_release:
+        raise UserError(
+            "gradient_release updates a weight before the ranks have added up its gradient: run it on one process"
+        )
     parts = accelerator.num_processes * config.gradient_accumulation_steps
     if config.batch_size < parts:
         raise UserError(
@@ -138,7 +143,9 @@ def train(run: Run, checkpoint: Path | None) -> Clock:
     """Takes every step that `checkpoint` has not taken, and leaves a checkpoint of the last one."""
     config, accelerator, num_steps = run.config, run.accelerator, run.num_steps
     rank, world = accelerator.process_index, accelerator.num_processes
-    optimizer = make_optimizer(run.model.parameters(), config.weight_decay)
+    optimizer = make_optimizer(
+        run.model.parameters(), config.weight_decay, name=config.optimizer, gradient_release=config.gradient_release
+    )
     state = {"step": 0, "tokens": 0, "seconds": 0.0}
     if checkpoint is not None:
         load_checkpoint(checkpoint, run.model, optimizer)
@@ -150,6 +157,7 @@ def train(run: Run, checkpoint: Path | None) -> Clock:
     sampler = Sampler(run.forget, run.retain, config.batch_size, config.retain_sequences(), config.seed, world)
     model = accelerator.prepare(run.model).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
+    smaller = SmallerSteps(run.output, config, run.model)
     if world > 1 and start < num_steps:
         # DistributedDataParallel decides after its first backward in which order it adds up from then on: that one is
         # thrown away, so that the sums of a resumed run round as those of one that was not stopped
@@ -164,7 +172,7 @@ def train(run: Run, checkpoint: Path | None) -> Clock:
             seed_torch(config.seed, step, rank)
             rate = learning_rate(step, num_steps, config.learning_rate, config.warmup_ratio)
             set_learning_rate(optimizer, rate)
-            totals = accumulate(accelerator, model, run.collator, sampler, config, step)
+            totals = smaller.accumulate(accelerator, model, run.collator, sampler, step)
             grad_norm = clip_gradients(parameters, config.max_grad_norm).item()
             if not (math.isfinite(totals.loss) and math.isfinite(grad_norm)):
                 what = f"step {step + 1}: the loss is {totals.loss} and the gradient norm {grad_norm}"
@@ -197,7 +205,7 @@ def metrics_row(run: Run, step: int, totals: StepTotals, grad_norm: float, rate:
         "retain_loss": totals.retain_loss,
         "forget_nll": totals.forget_nll / max(totals.forget_tokens, 1),
         "retain_nll": totals.retain_loss,
-        "grad_norm": grad_norm,
+        "grad_norm": None if run.config.gradient_release else grad_norm,  # there never are all gradients
         "learning_rate": rate,
         "tokens": clock.tokens,
         "tokens_per_second": clock.lap(),

@@ -13,6 +13,7 @@ from rich.console import Console
 
 import simnpo
 import simnpo.evaluation.examples as evaluation
+from simnpo.model import load_weights
 from simnpo.training.disk import whole_folder, write_json
 from simnpo.training.log import Clock, peak_memory_mib
 from simnpo.training.step import autocast
@@ -33,6 +34,10 @@ def save_model(run: "Run") -> None:
     if isinstance(model, PeftModel):
         with whole_folder(run.output / "adapter") as folder:
             model.save_pretrained(str(folder))
+        if run.config.load_in_4bit:
+            # into the weights that the body was rounded from: 4 bits would swallow what the adapters add
+            base = load_weights(run.config.model, dtype=torch.float32)
+            model = PeftModel.from_pretrained(base, str(run.output / "adapter"))
         # in fp32, or most of what the adapters add would be less than the last digit of a bf16 weight
         model = model.cpu().float().merge_and_unload()
     with whole_folder(run.output / "model") as folder:

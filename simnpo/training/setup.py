@@ -15,11 +15,13 @@ from simnpo.attention import use_packed_attention
 from simnpo.config import UnlearnConfig
 from simnpo.data import Example, load_examples, warn_about_overlap
 from simnpo.errors import UserError
+from simnpo.memory.checkpoints import checkpoint_layers
+from simnpo.memory.tiled_mlp import tile_mlps
 from simnpo.model import add_lora, causal_lm, keeps_sequences_apart, load_weights
 from simnpo.pieces import separate, split
 from simnpo.training.checkpoint import checkpoints, keep_newest, read_state
 from simnpo.training.disk import remove_leftovers, write_json
-from simnpo.training.step import Collator, autocast
+from simnpo.training.step import Collator, arithmetic, autocast
 
 logger = logging.getLogger(__name__)
 
@@ -109,12 +111,19 @@ def fingerprint(*sets: list[Example]) -> str:
 def build_model(config: UnlearnConfig, device: torch.device) -> nn.Module:
     """The model on its device, ready to train: loss attached, adapters added."""
     torch.manual_seed(config.seed)
-    # what trains is fp32: the whole model, or adapters on a body that is frozen
-    dtype = torch.bfloat16 if config.lora and config.precision == "bf16" else torch.float32
-    model = load_weights(config.model, dtype=dtype, attention=config.attention).to(device)  # type: ignore[arg-type]
+    if config.load_in_4bit:
+        model = load_weights(
+            config.model, dtype=arithmetic(config), attention=config.attention, in_4bit_on=device
+        )  # fmt: skip
+    else:
+        # a body that adapters freeze only has to be as exact as the arithmetic; what trains keeps its small updates
+        dtype = arithmetic(config) if config.lora or config.weights == "bf16" else torch.float32
+        model = load_weights(config.model, dtype=dtype, attention=config.attention).to(device)  # type: ignore[arg-type]
     attach(model)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(model, offload=config.offload_activations, device=device)
+    if config.mlp_tile_tokens is not None:
+        tile_mlps(model, config.mlp_tile_tokens)
     return add_lora(model, config.lora_rank, config.lora_alpha) if config.lora else model
 
 

@@ -10,12 +10,17 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from simnpo.batch import Alternates, Batch, Sampler, collate, micro_batches
+from simnpo.batch import Alternates, Batch, Sampler, collate, forward_passes
 from simnpo.config import UnlearnConfig
 from simnpo.data import Example
 from simnpo.errors import RunError
 from simnpo.kernels.linear_unlearn_loss import UnlearnLoss
 from simnpo.objectives import GradAscent
+
+
+def arithmetic(config: UnlearnConfig) -> torch.dtype:
+    """The dtype of the run's matrix products."""
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
 
 
 def autocast(config: UnlearnConfig, device: torch.device) -> AbstractContextManager[Any]:
@@ -59,16 +64,18 @@ def accumulate(
     """Adds the gradient of step `step` to the parameters of an attached model.
 
     The forget term is the mean over all forget sequences of the step and the retain term the mean over all its retain
-    tokens, however the step is cut into micro-batches and ranks: each of them divides by the same two totals.
+    tokens, however the step is cut into micro-batches and ranks: each of them divides by the same two totals. With
+    `gradient_release` the parameters are updated on the way, unless the loss is not finite.
     """
-    world, K = accelerator.num_processes, config.gradient_accumulation_steps
+    world = accelerator.num_processes
     forget, retain = sampler.step(step, accelerator.process_index)
+    passes = forward_passes(forget, retain, config.gradient_accumulation_steps, separate=config.separate_terms)
     num_forget, num_retain_tokens = sampler.totals(step)
     objective = config.objective()
     sums = torch.zeros(len(StepTotals._fields), device=accelerator.device)
-    for k, (some_forget, some_retain) in enumerate(zip(micro_batches(forget, K), micro_batches(retain, K))):
+    for k, (some_forget, some_retain) in enumerate(passes):
         batch = collator(some_forget, some_retain)
-        with accelerator.no_sync(model) if k < K - 1 else nullcontext():
+        with accelerator.no_sync(model) if k < len(passes) - 1 else nullcontext():
             with autocast(config, accelerator.device):
                 out: UnlearnLoss = model(
                     **batch.inputs(),
@@ -80,8 +87,10 @@ def accumulate(
                     num_retain_tokens=max(num_retain_tokens, 1),
                     chunk_tokens=config.chunk_tokens,
                 )
-            # times world: DistributedDataParallel averages over ranks, and the totals are those of all of them
-            accelerator.backward(out.loss * world)
+            # a backward that updates the weights must not start from a loss that would spoil them
+            if not config.gradient_release or torch.isfinite(out.loss):
+                # times world: DistributedDataParallel averages over ranks, and the totals are those of all of them
+                accelerator.backward(out.loss * world)
         B = len(some_forget)
         values = torch.stack([out.loss.detach(), out.forget_loss, out.retain_loss, -out.logps[:B].sum()])
         sums += torch.cat([values, values.new_tensor([sum(batch.num_targets[:B]), sum(batch.num_inputs)])])

@@ -1,0 +1,121 @@
+"""A step that runs out of memory is taken again in smaller pieces: the same mathematics, less of it at once.
+
+Each time the micro-batches are halved, and once they are single sequences the chunk of the loss. What was decided in
+which step is kept in out_of_memory.json, so that a resumed run takes every step as it was taken.
+"""
+
+import gc
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from simnpo.batch import Sampler
+from simnpo.config import UnlearnConfig
+from simnpo.errors import RunError
+from simnpo.kernels.chunks import MIN_CHUNK_TOKENS, default_chunk_tokens
+from simnpo.model import output_head
+from simnpo.training.disk import write_json
+from simnpo.training.step import Collator, StepTotals, accumulate, arithmetic
+
+logger = logging.getLogger(__name__)
+
+# how allocators say so where they have no exception of their own
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no room for a tensor."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+class SmallerSteps:
+    """Takes the steps of a run, in smaller pieces from the step on that did not fit.
+
+    Args:
+        output: folder of the run, which may hold the out_of_memory.json of the part of it that is done.
+        config: as the user gave it.
+        model: attached, to learn the size of a chunk from.
+    """
+
+    def __init__(self, output: Path, config: UnlearnConfig, model: nn.Module) -> None:
+        self.path, self.config, self.model = output / "out_of_memory.json", config, model
+        found = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else []
+        self.changes: list[dict[str, Any]] = found
+
+    def config_at(self, step: int) -> UnlearnConfig:
+        """The configuration of a step, counted from 0."""
+        config = self.config
+        for change in self.changes:
+            if change["step"] <= step:
+                config = replace(config, **{name: value for name, value in change.items() if name != "step"})
+        return config
+
+    def accumulate(
+        self, accelerator: Accelerator, model: nn.Module, collator: Collator, sampler: Sampler, step: int
+    ) -> StepTotals:
+        """`simnpo.training.step.accumulate`, again in smaller pieces where it does not fit.
+
+        Raises:
+            RunError: a step of single sequences and the smallest chunk does not fit; or it cannot be taken again: there
+                are other ranks, which are waiting, or weights that were updated inside backward.
+        """
+        while True:
+            config = self.config_at(step)
+            try:
+                return accumulate(accelerator, model, collator, sampler, config, step)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0]
+            # out of the handler, whose error holds on to the tensors of the failed step
+            model.zero_grad()
+            gc.collect()
+            if accelerator.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._halve(config, accelerator, sampler, step, reason)
+
+    def _halve(self, config: UnlearnConfig, accelerator: Accelerator, sampler: Sampler, step: int, reason: str) -> None:
+        where = f"step {step + 1} ran out of memory ({reason})"
+        if accelerator.num_processes > 1:
+            raise RunError(
+                f"{where} on rank {accelerator.process_index}, and the other ranks cannot take it again: the "
+                "checkpoints are intact; start a run with --auto, or with more --gradient_accumulation_steps"
+            )
+        sequences = max(map(len, sampler.step(step, accelerator.process_index)))
+        change = _smaller(config, self.model, sequences, accelerator.device)
+        if change is None:
+            raise RunError(
+                f"{where} with single sequences and a chunk of {config.chunk_tokens or MIN_CHUNK_TOKENS} tokens: the "
+                "checkpoints are intact; `simnpo plan` names settings that fit"
+            )
+        self.changes.append({"step": step, **change})
+        write_json(self.path, self.changes)
+        now = ", ".join(f"{name} {value}" for name, value in change.items())
+        if config.gradient_release:
+            raise RunError(
+                f"{where} while weights were updated inside backward: the same command with --resume goes back to the "
+                f"newest checkpoint and takes the step with {now}"
+            )
+        logger.warning("%s: taken again, and from now on, with %s; the mathematics is the same", where, now)
+
+
+def _smaller(config: UnlearnConfig, model: nn.Module, sequences: int, device: torch.device) -> dict[str, int] | None:
+    """The fields to change, None where there is nothing left to halve."""
+    if config.gradient_accumulation_steps < sequences and not config.gradient_release:
+        return {"gradient_accumulation_steps": min(2 * config.gradient_accumulation_steps, sequences)}
+    chunk_tokens = config.chunk_tokens
+    if chunk_tokens is None:
+        weight = output_head(model).weight
+        itemsize = arithmetic(config).itemsize
+        chunk_tokens = default_chunk_tokens(len(weight), itemsize, device, head_is_trained=weight.requires_grad)
+    if chunk_tokens <= MIN_CHUNK_TOKENS:
+        return None
+    return {"chunk_tokens": max(chunk_tokens // 2, MIN_CHUNK_TOKENS)}
