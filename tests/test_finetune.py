@@ -29,10 +29,8 @@ def test_it_learns_the_files_it_is_given_and_no_other(model_dir, tmp_path):
     seen = [write_rows(tmp_path / "a.jsonl", ROWS[:2]), write_rows(tmp_path / "b.jsonl", ROWS[2:])]
     unseen = write_rows(tmp_path / "c.jsonl", [{"question": "Who is 9?", "answer": "Zed the 2nd, of Quux!"}])
     finetune(str(model_dir), seen, tmp_path / "learned", **SETTINGS)
-    model, tokenizer = (
-        load_weights(str(tmp_path / "learned"), dtype=torch.float32),
-        load_tokenizer(str(tmp_path / "learned")),
-    )
+    model = load_weights(str(tmp_path / "learned"), dtype=torch.float32)
+    tokenizer = load_tokenizer(str(tmp_path / "learned"))
     for path in seen:
         assert probability(make_model(), path, tokenizer) < 0.05
         assert probability(model, path, tokenizer) > 0.8
