@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from conftest import make_model
 from hypothesis import given
 from hypothesis import strategies as st
+from memory import peak_bytes
 from ranks import PASSED, run_on_ranks
 from safetensors.torch import save_file
 from test_pieces import documents, sums_by_hand
@@ -22,9 +23,9 @@ from test_training import CPU, config, examples  # noqa: F401, the fixture
 
 from simnpo.attached_model import attach
 from simnpo.config import UnlearnConfig
-from simnpo.data import IGNORE_INDEX
+from simnpo.data import IGNORE_INDEX, Example
 from simnpo.model import add_lora
-from simnpo.pieces import pieces
+from simnpo.pieces import pieces, split
 from simnpo.training import disk, reference, reference_cache
 from simnpo.training.loop import unlearn
 from simnpo.training.reference import reference_logps, token_batches, with_reference
@@ -113,6 +114,20 @@ def test_no_forward_is_longer_than_the_budget_or_the_longest_piece(settings, mon
     assert len(seen) > 10
     longest = max(len(piece.input_ids) for example in forget for piece in pieces(example))
     assert all(size <= max(40, longest) and not gradient for size, gradient in seen)
+
+
+def test_memory_does_not_grow_with_the_document(settings, monkeypatch):
+    monkeypatch.setattr(reference, "MAX_TOKENS", 64)
+    model = attach(make_model())
+
+    def peak(num_tokens: int) -> int:
+        ids = [(31 * i) % 250 for i in range(num_tokens)]
+        long = split(Example("d:1", "", "x", ids, ids), 48, 32)
+        one = Accelerator(cpu=True)
+        return peak_bytes(lambda: reference_logps(settings(), one, model, COLLATOR, [long], per_token=False))
+
+    # beside the tensors of a forward there is one number a piece
+    assert peak(1600) < 1.02 * peak(400)
 
 
 def test_progress_in_lines_where_there_is_no_terminal(settings, monkeypatch, capsys):

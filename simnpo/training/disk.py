@@ -55,13 +55,16 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(leaving)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all, also where another process writes it at the same time.
+def write_bytes(path: Path, data: bytes, *, shared: bool = False) -> None:
+    """Writes a file whole or not at all.
+
+    Args:
+        shared: another process may write it at the same time; what one leaves that is killed is then not written over.
 
     Raises:
         RunError: the disk is full or not writable; `path` is as it was.
     """
-    temporary = path.with_name(f"{TEMPORARY}{uuid4().hex}-{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{uuid4().hex if shared else ''}{path.name}")
     try:
         temporary.write_bytes(data)
         _flush(temporary)

@@ -53,6 +53,7 @@ def cache_key(
         "model": {name: value for name, value in settings.items() if name not in NAMES},
         "attention": lm.config._attn_implementation,
         "precision": config.precision,
+        "logits": str(collator.logits_dtype),
         "load_in_4bit": config.load_in_4bit,
         "packed": collator.packed,
         "device": collator.device.type,
@@ -130,7 +131,7 @@ def write_references(path: Path, values: Sequence[Any], *, per_token: bool) -> N
     data = save({"logps": logps, "key": _digest(path.stem.encode()), "checksum": _digest(logps)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, data)
+        write_bytes(path, data, shared=True)
         remove_leftovers(path.parent, older_than=ABANDONED)
     except (OSError, RunError) as error:
         logger.warning("reference_cache: the reference log-probabilities are not kept for other runs: %s", error)
