@@ -82,4 +82,5 @@ def _kind(name: str) -> type:
 
 def fingerprint(config: UnlearnConfig) -> str:
     """Of everything in a configuration that changes a run, to see whether a finished one is still the one asked for."""
-    return json.dumps({name: value for name, value in asdict(config).items() if name not in ("output", "resume")})
+    free = ("output", "resume", "reference_cache")
+    return json.dumps({name: value for name, value in asdict(config).items() if name not in free})
