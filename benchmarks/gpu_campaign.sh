@@ -13,7 +13,9 @@ python=${PYTHON:-python}
 dry=${SIMNPO_CAMPAIGN_DRY:-}
 device=${dry:+cpu} device=${device:-cuda}
 limit=540
-stages=(correctness numerics products kernels table-8b table-1b table-gemma table-smollm table-long profile)
+all=(correctness numerics products kernels table-8b table-1b table-gemma table-smollm table-long profile
+    throughput-1b throughput-8b throughput-1b-long throughput-1b-longest throughput-8b-long levers fit-1b fit-8b fit-8b-long)
+stages=("${all[@]}")
 [ $# -gt 0 ] && stages=("$@")
 
 campaign() { timeout $limit "$python" -m simnpo.benchmarks.campaign "$1" --output "$output" ${dry:+--dry}; }
@@ -30,6 +32,30 @@ table() {
     timeout $limit "$python" -m simnpo.cli bench "$@" --output "$output" --name "$name"
 }
 
+# random models of several GB, written once for all stages
+models=${SIMNPO_CAMPAIGN_MODELS:-$(mktemp -d)}
+[ -n "${SIMNPO_CAMPAIGN_MODELS:-}" ] || trap 'rm -rf "$models"' EXIT
+
+# steps MODULE NAME SHAPE OPTIONS...: whole training steps of a model with random weights
+steps() {
+    local module=$1 name=$2 shape=$3
+    shift 3
+    if [ -n "$dry" ]; then
+        shape=tiny
+        # the last of an option counts
+        set -- "$@" --cpu --batch-size 1 --rounds 1 --context 32
+        [ "$module" = levers ] && set -- "$@" --only "every row" || set -- "$@" --loops published
+    fi
+    timeout $limit "$python" -m "simnpo.benchmarks.$module" --model-shape "$shape" --models "$models" "$@" \
+        --output "$output" --name "$name"
+}
+
+fit() {
+    local name=$1
+    shift
+    timeout $limit "$python" -m simnpo.benchmarks.fit "$@" --models "$models" --output "$output" --name "$name" ${dry:+--dry}
+}
+
 failed=()
 for stage in "${stages[@]}"; do
     echo "== $stage"
@@ -41,8 +67,21 @@ for stage in "${stages[@]}"; do
     table-gemma) table "$stage" gemma-2-2b 2048 8192 ;;
     table-smollm) table "$stage" smollm2 512 2048 8192 32768 ;;
     table-long) table "$stage" llama-3.1-8b 131072 ;;
+    # rows of TOFU's lengths; then documents, one to forget and one to retain, each loop until it no longer fits
+    throughput-1b) steps throughput "$stage" llama-3.2-1b --batch-size 4 16 --rounds 7 --npo-rounds 9 ;;
+    throughput-8b) steps throughput "$stage" llama-3.1-8b --lora --batch-size 4 --rounds 5 --npo-rounds 7 --memory-limit 80GB ;;
+    throughput-1b-long) steps throughput "$stage" llama-3.2-1b --gradient-checkpointing --batch-size 1 --rounds 3 \
+        --minutes 7 --context 512 2048 8192 32768 ;;
+    throughput-1b-longest) steps throughput "$stage" llama-3.2-1b --gradient-checkpointing --batch-size 1 --rounds 1 \
+        --context 131072 ;;
+    throughput-8b-long) steps throughput "$stage" llama-3.1-8b --lora --gradient-checkpointing --batch-size 1 --rounds 1 \
+        --minutes 6 --context 512 2048 8192 32768 ;;
+    levers) steps levers "$stage" llama-3.2-1b --batch-size 1 --rounds 3 --tile-tokens 2048 --chunk-tokens 1024 --context 4096 ;;
+    fit-1b) fit "$stage" 1b-full ;;
+    fit-8b) fit "$stage" 8b-lora ;;
+    fit-8b-long) fit "$stage" 8b-4bit ;;
     *)
-        echo "unknown stage: $stage (known: correctness numerics products kernels table-8b table-1b table-gemma table-smollm table-long profile)" >&2
+        echo "unknown stage: $stage (known: ${all[*]})" >&2
         exit 2
         ;;
     esac || failed+=("$stage")

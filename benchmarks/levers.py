@@ -33,8 +33,8 @@ PLAIN = "plain: packed, response rows only, float32 weights, AdamW"
 COLUMNS = ("lever", "peak MiB", "x plain's", "step ms", "quartiles", "x plain's", "")
 NOTES = """\
 A step of `simnpo unlearn`'s own loop. Times are medians of rounds in which the plain step and the lever's took turns on
-the same batches; "x plain's" is the median of the ratios of the rounds, and of the two peaks. Peak memory is all of the
-step's: {memory}. A lever's fields are those of the configuration, the command line of `simnpo unlearn`.
+the same batches; "x plain's" is the ratio of the two peaks, and the median of the ratios of the rounds. Peak memory is
+all of the step's: {memory}. A lever's fields are those of the configuration of `simnpo unlearn`.
 """
 MEMORY = {"cuda": "what torch's allocator handed out", "cpu": "the high-water mark of a fresh process"}
 

@@ -26,7 +26,7 @@ from simnpo.benchmarks.throughput.cases import Case, add_arguments, cases, check
 from simnpo.benchmarks.throughput.loops import LOOPS, Loop
 from simnpo.benchmarks.throughput.memory import Outcome, in_fresh_process, outcome_of, peak_mib, step_peak
 from simnpo.benchmarks.throughput.subject import Subject, make_subject, prepare, steps_of, with_reference
-from simnpo.benchmarks.throughput.tables import Row, write_results
+from simnpo.benchmarks.throughput.tables import KINDS, Row, write_results
 from simnpo.benchmarks.throughput.timing import OURS, npo_over_simnpo, our_run, their_run, time_steps
 from simnpo.benchmarks.throughput.workload import MAX_LENGTH, Workload
 from simnpo.config import UnlearnConfig
@@ -36,17 +36,19 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def measure_case(case: Case, options: argparse.Namespace, deadline: float) -> dict[str, list[Row]]:
-    """Steps, NPO against SimNPO, and runs of one model.
+    """How far the loops are from ours, steps, NPO against SimNPO, and runs, of one model.
 
     Raises:
         RunError: the loops do not agree on the first batch.
     """
-    results: dict[str, list[Row]] = {"steps": [], "npo": [], "runs": []}
+    results: dict[str, list[Row]] = {kind: [] for kind in KINDS}
     loops = [loop for loop in LOOPS if not options.loops or any(part in loop.name for part in options.loops)]
     here = [loop for loop in loops if importlib.util.find_spec(loop.package) is not None]
     about = {"model": case.name}
     subject = make_subject(case.config, case.workloads[0], case.tokenizer.pad_token_id, options.pad_to)
-    differences = require_agreement(subject, here)
+    results["agreement"] = [
+        about | {"rival": name, **difference._asdict()} for name, difference in require_agreement(subject, here).items()
+    ]
     for work in case.workloads:
         for batch_size in options.batch_size:
             if time.monotonic() > deadline:
@@ -55,10 +57,7 @@ def measure_case(case: Case, options: argparse.Namespace, deadline: float) -> di
             sized = subject.on(work, batch_size=batch_size)
             where = about | {"workload": work.name, "batch": f"{batch_size}+{batch_size}"}
             if options.rounds:
-                rows = [where | row for row in measure_steps(sized, loops, options)]
-                for row in rows:
-                    row["differences"] = differences[row["rival"]]._asdict() if row["rival"] in differences else None
-                results["steps"] += rows
+                results["steps"] += [where | row for row in measure_steps(sized, loops, options)]
             if options.npo_rounds:
                 ratio, npo, simnpo = npo_over_simnpo(sized, options.npo_rounds)
                 results["npo"].append(
@@ -167,7 +166,7 @@ def measure(options: argparse.Namespace, command: str) -> list[Path]:
     facts = environment(device, DTYPES[options.precision], command)
     facts["dtype"] += " arithmetic, " + ("bfloat16 body, float32 adapters" if options.lora else "float32 weights")
     deadline = time.monotonic() + 60 * options.minutes
-    results: dict[str, list[Row]] = {"steps": [], "npo": [], "runs": []}
+    results: dict[str, list[Row]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as temporary:
         for case in cases(options, options.models or Path(temporary), device, **changes):
             for kind, rows in measure_case(case, options, deadline).items():

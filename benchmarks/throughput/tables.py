@@ -11,20 +11,21 @@ from simnpo.benchmarks.report import markdown_facts, markdown_table
 from simnpo.benchmarks.throughput.loops import OPEN_UNLEARNING, PUBLISHED
 
 Row = dict[str, Any]
+KINDS = ("agreement", "steps", "npo", "runs")
 
 NOTES = """\
 A step is the batch made, loss, backward, clipping, AdamW, gradients dropped. All loops share the model's weights, the
-batches, the optimizer and the arithmetic: they differ in what they compute and in nothing else. Before the first number
-their losses and gradients on the first batch were compared with ours. "useful" tokens are the targets that count,
-{tokens}. Times are medians of interleaved rounds, a new batch a round; "x" is the median over the rounds of the other's
-time over this one's. Peak memory is all of it, weights, gradients, optimizer, reference model, activations, logits:
-{memory}.
+batches, the optimizer and the arithmetic: they differ in what they compute and in nothing else. "useful" tokens are the
+targets that count: {tokens}. Times are medians of interleaved rounds, a new
+batch a round; "x" is the median over the rounds of the other's time over this one's. Peak memory is all of it, weights,
+gradients, optimizer, reference model, activations and logits: {memory}.
 """
 TOKENS = "the answers of TOFU, or all but the first of a document"
 MEMORY = {
     "cuda": "what torch's allocator handed out, in one process",
-    "cpu": "the high-water mark of a fresh process, less what it held before the model was built",
+    "cpu": "the high-water mark of a fresh process,\nless what it held before the model was built",
 }
+AGREEMENT_COLUMNS = ("model", "loop", "loss", "gradient")
 STEP_COLUMNS = ("loop", "step ms", "quartiles", "useful tokens/s", "x published", "x open-unlearning", "peak MiB", "")
 RUN_COLUMNS = ("loop", "steps", "seconds", "useful tokens", "useful tokens/s", "")
 NPO_COLUMNS = ("batch", "SimNPO step ms", "NPO step ms", "NPO / SimNPO", "quartiles")
@@ -57,8 +58,13 @@ def npo_cells(row: Row) -> list[str]:
 
 
 def markdown(results: dict[str, list[Row]], facts: dict[str, str], name: str, device_type: str) -> str:
-    """The whole report; `results` holds the rows of "steps", "runs" and "npo"."""
+    """The whole report; `results` holds the rows of each of KINDS."""
     parts = [f"# Benchmark: {name}\n", markdown_facts(facts), NOTES.format(tokens=TOKENS, memory=MEMORY[device_type])]
+    about = "Distance of the loss and of the gradient of all weights from ours on the first batch, relative.\n"
+    lines = [
+        [row["model"], row["rival"], f"{row['loss']:.1e}", f"{row['gradient']:.1e}"] for row in results["agreement"]
+    ]
+    parts.append(f"## The same loss and gradient\n\n{about}\n{markdown_table(AGREEMENT_COLUMNS, lines)}")
     for title, rows in groupby(results["steps"], lambda row: (row["model"], row["workload"], row["batch"])):
         table = markdown_table(STEP_COLUMNS, map(step_cells, rows))
         parts.append(f"## A step: {title[0]}, {title[1]}, batch {title[2]}\n\n{table}")
