@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "unlearn": "make a model forget one file of examples and keep another",
+    "plan": "predict the memory and time of a run, and print the command that fits",
     "demo": "do that to a small model that comes with pip, in minutes",
     "evaluate": "score a model on TOFU, MUSE, WMDP or MMLU",
     "sweep": "unlearn with many settings and score each on TOFU",
@@ -26,6 +27,7 @@ COMMANDS = {
 
 # whose `main` runs a command
 MODULES = {
+    "plan": "simnpo.planning.command",
     "demo": "simnpo.demo",
     "evaluate": "simnpo.evaluation.command",
     "sweep": "simnpo.sweep.command",
@@ -77,6 +79,7 @@ class ListMethods(argparse.Action):
 def unlearn(options: list[str]) -> int:
     config = read_config(options, "simnpo unlearn", COMMANDS["unlearn"])
 
+    import torch
     from transformers.utils.logging import disable_progress_bar
 
     from simnpo.training.loop import unlearn
@@ -85,6 +88,9 @@ def unlearn(options: list[str]) -> int:
     output = unlearn(config)
     if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
         print(f"unlearned model: {output / 'model'}\nreport: {output / 'report.html'}")
+    if torch.distributed.is_initialized():
+        # a rank whose threads are still listening when the interpreter ends is aborted
+        torch.distributed.destroy_process_group()
     return 0
 
 
