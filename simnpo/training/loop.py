@@ -22,6 +22,7 @@ from simnpo.config import UnlearnConfig
 from simnpo.data import Example
 from simnpo.errors import UserError
 from simnpo.model import load_tokenizer
+from simnpo.planning import auto
 from simnpo.report import write_report
 from simnpo.training import result, setup
 from simnpo.training.checkpoint import load_checkpoint, read_state, save_checkpoint
@@ -71,6 +72,7 @@ def unlearn(config: UnlearnConfig) -> Path:
         KeyboardInterrupt: stopped by the user, after a checkpoint.
     """
     output = config.output_dir()
+    config = auto.resumed(config)
     accelerator = start_accelerator(config)
     setup.check_output(config)
     if (output / "report.html").exists():
@@ -81,6 +83,7 @@ def unlearn(config: UnlearnConfig) -> Path:
     forget, retain, heldout = setup.read_data(config, tokenizer)
     facts = {"data": setup.fingerprint(forget, retain), "ranks": accelerator.num_processes}
     checkpoint = setup.newest_checkpoint(config, facts)
+    config = auto.chosen_by_main(config, accelerator, forget, retain)
     model = setup.build_model(config, accelerator.device)
     setup.check_tokens(model, [*forget, *retain, *heldout])
     collator = setup.make_collator(config, model, tokenizer, accelerator.device)
