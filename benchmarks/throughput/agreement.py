@@ -19,7 +19,7 @@ from simnpo.errors import RunError
 TOLERANCE = {"float32": (1e-4, 1e-3), "bfloat16": (2e-2, 1e-1)}
 # at the run's own beta the forget term of a model that does not know the answers is 1e-6 of the loss, and nobody would
 # see one that is wrong
-SEEN = {"beta": 0.1, "forget_coef": 1.0}
+SEEN = {"beta": 0.1}
 # the first sequences of a step, and their last tokens: float32 logits of more may not fit
 MAX_SEQUENCES, MAX_TOKENS = 4, 512
 
@@ -68,7 +68,7 @@ def _small(subject: Subject) -> tuple[Subject, str]:
     frozen_in_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in subject.model.parameters())
     forget, retain = subject.sampler.step(0, 0)
     forget, retain = (shortened(examples[:MAX_SEQUENCES], MAX_TOKENS) for examples in (forget, retain))
-    changes: dict[str, Any] = {"batch_size": len(forget), "retain_batch_size": len(retain)} | SEEN
+    changes: dict[str, Any] = {"batch_size": len(forget), "retain_batch_size": len(retain), **SEEN}
     if not frozen_in_bf16:
         changes["precision"] = "fp32"
     small = subject.on(subject.workload._replace(forget=forget, retain=retain), **changes)
