@@ -1,0 +1,201 @@
+"""How close `simnpo plan` comes on a CPU: predicted peaks beside the high-water mark of a process that takes the steps.
+
+    python -m simnpo.benchmarks.plan_accuracy
+
+Each case runs in a process of its own: a model of random weights is made, and the loop takes two steps, the second with
+the optimizer's states. What the process had before, Python and its libraries, is not counted; what the libraries
+allocate for themselves is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from simnpo.attention import use_packed_attention
+from simnpo.batch import Sampler
+from simnpo.benchmarks.measure import environment, peak_memory
+from simnpo.config import UnlearnConfig
+from simnpo.data import Example
+from simnpo.demo import model_file
+from simnpo.model import DTYPE
+from simnpo.planning.auto import largest_step
+from simnpo.planning.machine import Machine
+from simnpo.planning.model_shape import ModelShape, read_config
+from simnpo.planning.predict import predict
+from simnpo.training import setup
+from simnpo.training.optimizer import clip_gradients, make_optimizer
+from simnpo.training.step import Collator, accumulate
+
+RESULT = Path(__file__).with_name("results") / "plan.md"
+# freed blocks of this size and more go back to the system at once, so that the mark is that of what is alive
+MMAP_THRESHOLD = 1 << 16
+WARMUP: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
+
+
+class Case(NamedTuple):
+    """A model ("" is SmolLM2-135M), memory options, and the tokens of forget and retain sequences."""
+
+    name: str
+    model: Any
+    options: dict[str, Any]
+    forget: tuple[int, ...]
+    retain: tuple[int, ...]
+
+
+def llama(D: int, V: int, *, tied: bool) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=D, intermediate_size=3 * D, num_hidden_layers=4, num_attention_heads=D // 64,
+        num_key_value_heads=D // 64, vocab_size=V, tie_word_embeddings=tied, max_position_embeddings=8192,
+    )  # fmt: skip
+
+
+QWEN2 = Qwen2Config(
+    hidden_size=384, intermediate_size=1152, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2,
+    vocab_size=32_000, tie_word_embeddings=False,
+)  # fmt: skip
+FULL_BF16 = {"weights": "bf16", "optimizer": "adafactor", "gradient_checkpointing": True, "mlp_tile_tokens": 1024}
+SMALL, WIDE = llama(256, 8192, tied=False), llama(576, 49_152, tied=True)
+CASES = [
+    Case("4 layers, D 256, V 8 192", SMALL, {}, (512,) * 2, (512,) * 2),
+    Case(
+        "4 layers, D 256, V 8 192", SMALL, {"gradient_checkpointing": True}, (512,) * 8, (512,) * 8
+    ),
+    Case("4 layers, D 256, V 49 152, tied", llama(256, 49_152, tied=True), {"precision": "fp32"}, *((256,) * 2,) * 2),
+    Case("4 layers, D 576, V 49 152, tied", WIDE, {}, (512,) * 2, (512,) * 2),
+    Case("4 layers, D 576, V 49 152, tied", WIDE, {"lora": True}, (512,) * 2, (512,) * 2),
+    Case("4 layers, D 576, V 49 152, tied", WIDE, FULL_BF16, (512,) * 4, (512,) * 4),
+    Case("4 layers of Qwen2, D 384, V 32 000", QWEN2, {}, (2000,), (700, 300)),
+    Case("SmolLM2-135M", "", {}, (256,) * 2, (256,) * 2),
+    Case(
+        "SmolLM2-135M", "", {"gradient_accumulation_steps": 2, "separate_terms": True, "gradient_checkpointing": True},
+        (512,) * 2, (512,) * 2,
+    ),
+    Case("SmolLM2-135M", "", {"lora": True, "gradient_checkpointing": True}, (512,) * 2, (512,) * 2),
+]  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs every case; returns the exit status: 1 where a prediction is off by more than a tenth."""
+    parser = argparse.ArgumentParser(description="predicted and measured peak memory on this CPU")
+    parser.add_argument("--output", type=Path, default=RESULT, help=f"Markdown to write (default: {RESULT})")
+    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.case is not None:
+        print(measured(CASES[arguments.case], arguments.folder))
+        return 0
+    lines, worst = [], 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        for k, case in enumerate(CASES):
+            path = Path(folder, str(k))
+            config = read_config(str(model_file())) if case.model == "" else case.model
+            config.save_pretrained(path)
+            found, expected = _in_own_process(k, path), predicted(case, path)
+            ratio = expected / found
+            worst = max(worst, abs(ratio - 1))
+            options = ", ".join(name if value is True else f"{name} {value}" for name, value in case.options.items())
+            tokens = f"{sum(case.forget)} + {sum(case.retain)}"
+            lines.append(
+                f"| {case.name} | {options or 'none'} | {tokens} | {expected:.0f} | {found:.0f} | {ratio:.3f} |"
+            )
+            print(lines[-1], flush=True)
+    arguments.output.write_text(_page(lines, worst), encoding="utf-8")
+    return int(worst > 0.1)
+
+
+def _in_own_process(k: int, folder: Path) -> float:
+    command = [sys.executable, "-m", "simnpo.benchmarks.plan_accuracy", "--case", str(k), "--folder", str(folder)]
+    environ = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD), "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise RuntimeError(f"case {k} ended with {run.returncode}:\n{run.stderr[-2000:]}")
+    return float(run.stdout.strip().splitlines()[-1])
+
+
+def run_config(case: Case, folder: Path) -> UnlearnConfig:
+    return UnlearnConfig(
+        model=str(folder), forget="", retain="", output="", cpu=True,
+        batch_size=len(case.forget), retain_batch_size=len(case.retain), **case.options,
+    )  # fmt: skip
+
+
+def examples(name: str, lengths: tuple[int, ...]) -> list[Example]:
+    """Made-up tokens, all but the first of each a target."""
+    rows = [[(11 * i + 3 * n) % 8000 for n in range(length)] for i, length in enumerate(lengths)]
+    return [Example(f"{name}:{i}", "", "", ids, list(ids)) for i, ids in enumerate(rows)]
+
+
+def predicted(case: Case, folder: Path) -> float:
+    """MiB."""
+    config = run_config(case, folder)
+    workload = largest_step(config, examples("forget", case.forget), examples("retain", case.retain))
+    # the rates have no part in the memory
+    machine = Machine(1.0, 1.0, 1.0, 1e12, False, "none")
+    return predict(ModelShape(read_config(config.model)), config, workload, machine).peak / 2**20
+
+
+def measured(case: Case, folder: Path) -> float:
+    """MiB that this process had at its worst, over what it had before the model was made."""
+    setup.load_weights = random_weights
+    AutoConfig.from_pretrained(folder)
+    # loads the libraries and what they keep for themselves
+    with tempfile.TemporaryDirectory() as tiny:
+        LlamaConfig(vocab_size=8192, **WARMUP).save_pretrained(tiny)
+        take_steps(case._replace(forget=(64,) * len(case.forget), retain=(64,) * len(case.retain)), Path(tiny))
+    return peak_memory(lambda: take_steps(case, folder), torch.device("cpu"))
+
+
+def random_weights(name_or_path: str, *, dtype: torch.dtype, attention: str | None = None) -> Any:
+    """In the place of `load_weights`, whose reading of a file leaves marks of its own."""
+    config = AutoConfig.from_pretrained(name_or_path)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention, **{DTYPE: dtype}).eval()
+
+
+def take_steps(case: Case, folder: Path) -> None:
+    """The model, its optimizer and two steps of the loop."""
+    config = run_config(case, folder)
+    forget, retain = examples("forget", case.forget), examples("retain", case.retain)
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    model: nn.Module = setup.build_model(config, accelerator.device)
+    use_packed_attention(model)
+    parameters = [p for p in model.train().parameters() if p.requires_grad]
+    optimizer = make_optimizer(parameters, config.weight_decay, name=config.optimizer)
+    sampler = Sampler(forget, retain, len(forget), len(retain), config.seed)
+    collator = Collator(True, 0, accelerator.device, ref_logps=None)
+    for step in range(2):
+        accumulate(accelerator, model, collator, sampler, config, step)
+        clip_gradients(parameters, config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _page(lines: list[str], worst: float) -> str:
+    facts = environment(torch.device("cpu"), torch.bfloat16, "python -m simnpo.benchmarks.plan_accuracy")
+    stated = "\n".join(f"- {name}: {value}" for name, value in facts.items())
+    return f"""# Predicted and measured peak memory, CPU
+
+The prediction is that of `simnpo plan` and of `simnpo unlearn --auto`. Measured: the high-water mark of a fresh process
+over what it had before the model was made, two steps of the loop, freed memory given back at once
+(`MALLOC_MMAP_THRESHOLD_={MMAP_THRESHOLD}`). Tokens are forget + retain. The largest error is {worst:.1%}.
+
+| model | memory options | tokens | predicted MiB | measured MiB | ratio |
+|---|---|---|---|---|---|
+{chr(10).join(lines)}
+
+{stated}
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
