@@ -83,15 +83,23 @@ def predict(
     """
     passes = passes_of(config, workload)
     recipe = recipe_of(shape, config, machine, packed=packed)
-    largest = max(range(len(passes)), key=lambda k: passes[k].num_tokens)
-    runs = [simulate(shape, replace(recipe, gradients_exist=largest > 0), passes[largest])]
-    if len(passes) > 1 and largest == 0:
-        # the first finds no gradients, and the largest of the others does
-        later = max(passes[1:], key=lambda some: some.num_tokens)
+
+    def size(some: Sequences) -> tuple[int, int]:
+        # of equal passes the one whose weights are known late has more to keep
+        return some.num_tokens, some.is_retain.count(False)
+
+    largest = max(range(len(passes)), key=lambda k: size(passes[k]))
+    later = max(passes[1:], key=size, default=None)
+    runs = []
+    if later is None or size(later) < size(passes[largest]):
+        runs.append(simulate(shape, recipe, passes[largest]))
+    if later is not None:
+        # the first pass finds no gradients, and every other does
         runs.append(simulate(shape, replace(recipe, gradients_exist=True), later))
     static = _static(config, runs[0], ranks)
     peak, parts, moment = max((_peak(run, static, _updating(config, run)) for run in runs), key=lambda found: found[0])
-    share = sum(some.num_tokens for some in passes) / passes[largest].num_tokens
+    tokens = passes[largest] if later is None or len(runs) == 2 else later
+    share = sum(some.num_tokens for some in passes) / tokens.num_tokens
     host = 0
     if config.offload_activations:
         host = shape.num_layers * runs[0].checkpoint_bytes

@@ -14,6 +14,7 @@ from simnpo.planning.predict import PARTS, Prediction
 from simnpo.planning.search import Candidate, Choice, rounded_time
 
 SHOWN = 8  # settings in the table of alternatives
+SHOWN_BYTES = 0.0005e9  # what three decimals of a GB can show
 TIMES = (
     *("forward", "recompute", "backward", "attention", "loss", "optimizer", "offloading", "second model"),
 )  # fmt: skip
@@ -99,7 +100,7 @@ def memory_table(plan: Plan) -> Table:
     for name, _ in shown:
         table.add_column(name, justify="right")
     for part in PARTS:
-        if any(prediction.parts.get(part) for _, prediction in shown):
+        if any(prediction.parts.get(part, 0) >= SHOWN_BYTES for _, prediction in shown):
             table.add_row(part, *(_gb(prediction.parts.get(part, 0)) for _, prediction in shown))
     table.add_section()
     table.add_row("all", *(_gb(prediction.peak) for _, prediction in shown))
