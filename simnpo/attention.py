@@ -4,8 +4,10 @@ transformers asks an attention implementation for a mask once a forward and hand
 the list of bounds of the packed sequences, read off the mask function that transformers would have filled an (N, N)
 tensor with. Padded batches and generation with a cache get the mask and the arithmetic of "sdpa".
 
-    a GPU, half precision     torch's variable-length flash attention
-    anywhere else             scaled_dot_product_attention over groups of sequences of about the same length
+    a GPU, half precision        torch's variable-length flash attention
+    anywhere else                scaled_dot_product_attention over groups of sequences of about the same length;
+    short ones on a CPU          the products and the softmax written out: torch's bf16 backward there is several times
+                                 slower than they are
 
 Dimension key:
     N  tokens of a packed row      H  heads      d  head dimension
@@ -33,6 +35,8 @@ NAME = "simnpo_varlen"
 SUPPORTED = Version(transformers.__version__) >= Version("4.53")
 # sequences whose lengths differ by less are computed together, the shorter ones padded
 GROUP_RATIO = 1.5
+# tokens of a sequence up to which its scores may exist, on a CPU
+WRITTEN_OUT = 512
 
 
 class PackedBounds:
@@ -148,15 +152,30 @@ def varlen_attention(
         return flash(q, k, v, bounds, scaling, sliding_window)[None], None
     outputs = []
     for rows, (B, T) in bounds.groups:
-        some = (x[rows].view(B, T, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(
-            *some,
-            attn_mask=None if sliding_window is None else _window(T, sliding_window, q.device),
-            dropout_p=dropout, is_causal=sliding_window is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
+        some: Any = [x[rows].view(B, T, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)]
+        if T <= WRITTEN_OUT and not q.is_cuda and not dropout:
+            out = _written_out(*some, scaling, sliding_window)
+        else:
+            out = F.scaled_dot_product_attention(
+                *some,
+                attn_mask=None if sliding_window is None else _window(T, sliding_window, q.device),
+                dropout_p=dropout, is_causal=sliding_window is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1],
+            )  # fmt: skip
         outputs.append(out.transpose(1, 2).reshape(B * T, *out.shape[1:2], -1))
     padded = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return padded[bounds.back][None], None
+
+
+def _written_out(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
+    """(B, H, T, d) attention whose (T, T) scores exist; heads that share a key are rows of one product."""
+    B, H, T, d = q.shape
+    shared = k.shape[1]
+    rows = q.reshape(B, shared, H // shared * T, d) * (d**-0.5 if scale is None else scale)
+    scores = (rows @ k.transpose(-1, -2)).view(B, H, T, T)
+    visible = _window(T, T if window is None else window, q.device)
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(~visible, -torch.inf)
+    weights = torch.softmax(scores, dim=-1).to(v.dtype)
+    return (weights.view(B, shared, H // shared * T, T) @ v).view(B, H, T, -1)
 
 
 def _window(T: int, size: int, device: torch.device) -> Tensor:

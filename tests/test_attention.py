@@ -123,3 +123,22 @@ def test_other_packed_rows_still_stay_apart():
     model = make_model()
     use_packed_attention(model)
     assert keeps_sequences_apart(model)
+
+
+@pytest.mark.parametrize("longest", [0, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_written_out_are_as_exact_as_the_library(monkeypatch, longest, dtype):
+    from simnpo import attention
+
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, sum(LENGTHS), 8, dtype=torch.float64) for heads in (4, 2, 2))
+    bounds = PackedBounds(LENGTHS, torch.device("cpu"))
+
+    def error(dtype: torch.dtype, longest: int) -> float:
+        monkeypatch.setattr(attention, "WRITTEN_OUT", longest)
+        rounded = [x.to(dtype) for x in (q, k, v)]
+        ours, _ = attention.varlen_attention(torch.nn.Module(), *rounded, bounds)
+        exact, _ = attention.varlen_attention(torch.nn.Module(), *(x.double() for x in rounded), bounds)
+        return relative_error(ours.double(), exact)
+
+    assert error(dtype, longest) <= {torch.float32: 1e-6, torch.bfloat16: 6e-3}[dtype]

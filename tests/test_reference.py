@@ -351,3 +351,26 @@ def test_ranks_share_the_work_and_get_the_same_bits(settings, monkeypatch, tmp_p
     monkeypatch.setenv("REFERENCE_ALONE", json.dumps(dict(zip([e.id for e in forget], alone))))
     monkeypatch.setenv("REFERENCE_FOLDER", str(tmp_path))
     assert run_on_ranks(2, [check_ranks_share_the_work], tmp_path) == {"check_ranks_share_the_work": PASSED}
+
+
+@pytest.mark.parametrize("method", ["npo", "simnpo"])
+def test_long_sequences_are_compared_with_logits_that_are_not_rounded(settings, monkeypatch, method):
+    from simnpo import attached_model
+
+    loss, seen = attached_model.linear_unlearn_loss, set()
+
+    def spy(*args, **kwargs):
+        seen.add(kwargs.get("logits_dtype"))
+        return loss(*args, **kwargs)
+
+    monkeypatch.setattr(attached_model, "linear_unlearn_loss", spy)
+    run = {"method": method, "precision": "bf16", "max_steps": 2, "eval_examples": 0}
+    output = unlearn(settings(**run, output=str(settings().output_dir() / "short")))
+    assert seen == {None}
+    seen.clear()
+    monkeypatch.setattr(reference, "LONG_TARGETS", 5)
+    output = unlearn(settings(**run, output=str(settings().output_dir() / "long")))
+    # the reference pass, the steps and the weights that are logged; SimNPO's mean over a sequence rounds to nothing
+    assert seen == ({torch.float32} if method == "npo" else {None})
+    first = json.loads((output / "weights.jsonl").read_text().splitlines()[0])
+    assert method != "npo" or first["weights"] == [1.0] * len(first["weights"])

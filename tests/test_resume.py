@@ -3,12 +3,9 @@
 import hashlib
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -188,32 +185,6 @@ def test_kill_9_at_every_kind_of_moment(config, tmp_path, changes):
     assert len(outputs) > 10
     for output in outputs:
         assert outcome(output) == whole, output.name
-
-
-@pytest.mark.slow
-def test_kill_9_from_outside_again_and_again(config, tmp_path):
-    settings = {"max_steps": 40, "save_steps": 1, "logging_steps": 1}
-    whole = outcome(unlearn(config(output=str(tmp_path / "whole"), **settings)))
-    options = vars(config(resume=True, **settings))
-    code = (
-        "import json, sys; from simnpo.config import UnlearnConfig; from simnpo.training.loop import unlearn;"
-        "unlearn(UnlearnConfig(**json.loads(sys.argv[1])))"
-    )
-    moments = random.Random(0)
-    for _ in range(3):
-        process = subprocess.Popen([sys.executable, "-c", code, json.dumps(options)])
-        known = newest(tmp_path)
-        while newest(tmp_path) == known:
-            assert process.poll() is None, "the run ended before it could be killed"
-            time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.15))
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-    assert outcome(unlearn(config(resume=True, **settings))) == whole
-
-
-def newest(tmp_path: Path) -> str:
-    return max((path.name for path in checkpoints(tmp_path / "run/checkpoints")), default="")
 
 
 # Files that are whole or not there

@@ -6,7 +6,7 @@ It is a reduced TOFU: of the 3960 answers to retain the model learns `--retain`,
 scored on, and every set is scored on its first `--max-examples` questions. What has its results is not run again.
 
     learn forget + retain  ->  full       learn retain  ->  retrained
-    full -> sweep over settings, one seed -> the best setting of each method, three seeds
+    full -> sweep over settings, one seed -> the best setting of each method, three seeds -> relearning, the first seed
 """
 
 from __future__ import annotations
@@ -18,19 +18,24 @@ from pathlib import Path
 from typing import Any
 
 from simnpo.benchmarks.tofu.finetune import finetune
+from simnpo.benchmarks.tofu.relearning import relearn_all
 from simnpo.data import read_rows
 from simnpo.demo import model_file
 from simnpo.errors import UserError
 from simnpo.sweep import command as sweep
+from simnpo.sweep.grid import read_trials
 from simnpo.training.disk import write_json, write_text
 
 LEARNING = {"epochs": 6, "batch_size": 8, "peak_rate": 1e-4}
 # the same for every method; the published TOFU runs have 10 epochs at 1e-5 of a model 50 times as large
-UNLEARNING = ["--epochs", "5", "--batch_size", "8", "--learning_rate", "3e-5", "--save_steps", "0"]
+UNLEARNING = ["--epochs", "4", "--batch_size", "8", "--learning_rate", "4e-5", "--save_steps", "0"]
+# ga with a retain term is GradDiff, dpo with its default alternate answer IdkDPO
 GRIDS = (
-    "method=simnpo beta=1.0,2.5,4.5 retain_coef=1.0 seed=0",
-    "method=npo beta=0.05,0.1,0.5 retain_coef=1.0 seed=0",
-    "method=ga forget_coef=0.02,0.1 retain_coef=1.0 seed=0",
+    "method=simnpo beta=2.5,4.5 retain_coef=1.0 seed=0",
+    "method=npo beta=0.05,0.1 retain_coef=1.0 seed=0",
+    "method=ga forget_coef=0.01,0.03 retain_coef=1.0 seed=0",
+    "method=dpo beta=0.1 retain_coef=1.0 seed=0",
+    "method=wga forget_coef=1.0 beta=1.0 retain_coef=1.0 seed=0",
 )
 SEEDS = (0, 1, 2)
 EVALUATED = ("forget01", "forget01_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
@@ -77,7 +82,7 @@ def main() -> None:
 
     common = ["--model", str(output / "full"), "--data", str(data), "--retain-model", str(output / "retrained")]
     common += ["--max-examples", str(options.max_examples), "--max-new-tokens", str(options.max_new_tokens)]
-    common += ["--retain", str(data / "retain.jsonl"), *UNLEARNING]
+    common += ["--retain", str(data / "retain.jsonl"), "--keep-models", *UNLEARNING]
 
     def run_sweep(grids: list[str], name: str) -> dict[str, Any]:
         tried = [word for grid in grids for word in ("--try", grid)]
@@ -89,6 +94,13 @@ def main() -> None:
     tried = run_sweep(list(options.grids), "sweep")
     seeds = ",".join(map(str, options.seeds))
     run_sweep([f"{setting} seed={seeds}" for setting in tried["best"].values()], "seeds")
+    first = {
+        method: output / "trials" / read_trials([f"{setting} seed={options.seeds[0]}"])[0].name / "model"
+        for method, setting in tried["best"].items()
+    }
+    if not (output / "relearning.json").exists():
+        questions = data / "forget01_perturbed.jsonl"
+        relearn_all(first, output / "retrained", questions, output)
     write_json(output / "settings.json", {"learning": LEARNING, "unlearning": UNLEARNING, "seeds": list(options.seeds)})
 
 

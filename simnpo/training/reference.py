@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from rich.console import Console
@@ -24,6 +25,9 @@ from simnpo.training.step import Collator, sequence_logps, token_logps
 
 # of one forward, unless a single sequence has more; attention that packs with a dense mask costs their square
 MAX_TOKENS = 4096
+# targets of a sequence from which bf16 logits are too coarse: their rounding adds up over the sequence to more than the
+# 0.1 nat that a log-ratio to the reference may be off (benchmarks/results/long.md)
+LONG_TARGETS = 1024
 PLAIN_SECONDS = 10.0  # between lines of progress, where there is no terminal to draw a bar in
 
 
@@ -49,6 +53,8 @@ def with_reference(
     per_token = objective.needs_ref_token_logps
     if not (objective.needs_ref_logps or per_token):
         return collator
+    if max(example.num_targets for example in forget) > LONG_TARGETS:
+        collator = collator._replace(logits_dtype=torch.float32)
     path = config.output_dir() / "reference.json"
     known = reload and path.exists()
     accelerator.wait_for_everyone()  # until every rank has seen whether it is there

@@ -37,10 +37,15 @@ class Collator(NamedTuple):
     ref_logps: dict[str, float] | None
     ref_token_logps: dict[str, list[float]] | None = None
     alternates: Alternates = "none"
+    logits_dtype: torch.dtype | None = None  # of the loss; None: that of the arithmetic
 
     def __call__(self, forget: Sequence[Example], retain: Sequence[Example]) -> Batch:
-        options = {name: value for name, value in self._asdict().items() if name != "device"}
+        options = {name: value for name, value in self._asdict().items() if name not in ("device", "logits_dtype")}
         return collate(forget, retain, **options).to(self.device)
+
+    def head_options(self, config: UnlearnConfig) -> dict[str, Any]:
+        """How the loss multiplies with the head."""
+        return {"chunk_tokens": config.chunk_tokens, "logits_dtype": self.logits_dtype}
 
     def without_objective(self) -> "Collator":
         """One that leaves out what only the objective wants."""
@@ -85,7 +90,7 @@ def accumulate(
                     retain_coef=config.retain_coef,
                     num_forget=num_forget,
                     num_retain_tokens=max(num_retain_tokens, 1),
-                    chunk_tokens=config.chunk_tokens,
+                    **collator.head_options(config),
                 )
             # a backward that updates the weights must not start from a loss that would spoil them
             if not config.gradient_release or torch.isfinite(out.loss):
@@ -134,7 +139,7 @@ def sequence_logps(
         batch = plain(some, [])
         with autocast(config, collator.device):
             # gradient ascent is the objective that needs nothing but these
-            out = model(**batch.inputs(), objective=GradAscent(), chunk_tokens=config.chunk_tokens)
+            out = model(**batch.inputs(), objective=GradAscent(), **collator.head_options(config))
         logps.append(out.logps)
     model.train(was_training)
     return torch.cat(logps).tolist()
@@ -155,7 +160,7 @@ def token_logps(
     for some in batches:
         batch = plain(some, [])
         with autocast(config, collator.device):
-            logps = model(**batch.inputs(), token_logps=True, chunk_tokens=config.chunk_tokens).cpu()
+            logps = model(**batch.inputs(), token_logps=True, **collator.head_options(config)).cpu()
         if batch.cu_seqlens is not None:
             rows += [row.tolist() for row in logps[0].split(batch.num_inputs)]
         else:
@@ -183,7 +188,7 @@ def objective_weights(
                 **batch.inputs(),
                 **batch.for_objective(),
                 objective=config.objective(),
-                chunk_tokens=config.chunk_tokens,
+                **collator.head_options(config),
             )
         rows += zip(*(x[: len(some)].tolist() for x in (out.num_tokens, out.logps, out.weights)), strict=True)
     model.train(was_training)

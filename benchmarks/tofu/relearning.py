@@ -1,0 +1,129 @@
+"""Relearning after a sweep: what a few epochs on a fifth of the answers bring back of the others, method by method.
+
+The paper's attack (SimNPO, figure 6): the shortest fifth of the forget answers, and a random one. What it is read
+against is the retrained model under the same attack: it learns those answers for the first time.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from simnpo.attacks.curves import Row, forget_scores
+from simnpo.attacks.relearn import WHICH, Relearning, Which, picked, relearn
+from simnpo.data import read_rows
+from simnpo.evaluation.measures import measure
+from simnpo.evaluation.questions import QuestionSet, encode_questions
+from simnpo.evaluation.results import markdown_table
+from simnpo.evaluation.subject import Subject, load_subject
+from simnpo.training.disk import write_bytes, write_json, write_text
+
+RETRAINED = "retrained"
+RELEARNING = Relearning()
+SCORES = {"probability_others": "probability of the answers not relearned", "forget_quality": "forget quality"}
+
+
+def relearn_all(models: Mapping[str, Path], retrained: Path, questions: Path, output: Path) -> None:
+    """Attacks the retrained model and every other, and writes relearning.json, .md and .png.
+
+    Args:
+        models: folder of each method's unlearned model.
+        retrained: folder of the model that never saw the forget set.
+        questions: TOFU's forget set with its perturbed answers.
+        output: folder.
+    """
+    rows: list[Row] = []
+    truth_ratio = None
+    for name, folder in {RETRAINED: retrained, **models}.items():
+        # trained weights are float32, whatever the arithmetic
+        subject = load_subject(str(folder), precision="fp32", show_progress=False)
+        asked = encode_questions(list(read_rows(questions)), subject.tokenizer, 512)
+        new, before = attacked(subject, asked, name, truth_ratio)
+        truth_ratio = before if truth_ratio is None else truth_ratio
+        rows += new
+        print(f"relearned {name}", flush=True)
+    write_json(output / "relearning.json", {"relearning": RELEARNING._asdict(), "rows": rows})
+    write_text(output / "relearning.md", page(rows))
+    write_bytes(output / "relearning.png", picture(rows))
+
+
+def attacked(subject: Subject, asked: QuestionSet, name: str, retrained: Any) -> tuple[list[Row], Any]:
+    """Rows of one model before the attack and after it, for both fifths, each from the same weights.
+
+    Unlike `simnpo attack relearn` it lets the model write no answers, which on a CPU takes longer than all the rest.
+
+    Args:
+        retrained: (n,) truth ratios of the retrained model before any attack; None: this is the retrained model.
+
+    Returns:
+        The rows, and the (n,) truth ratios before the attack.
+    """
+    autocast = torch.autocast(next(subject.model.parameters()).device.type, dtype=torch.bfloat16)
+    start = {key: value.cpu().clone() for key, value in subject.model.state_dict().items()}
+
+    def scored(which: Which, chosen: list[int], epoch: int) -> tuple[Row, Any]:
+        with autocast:
+            measures = measure(subject, {"forget": asked}, write=(), max_new_tokens=0)["forget"]
+        others = np.setdiff1d(np.arange(len(measures.probability)), chosen)
+        own = {"model": name, "relearned": which, "epoch": epoch}
+        row = own | {"probability_others": float(measures.probability[others].mean())}
+        return row | forget_scores(measures, retrained), measures.truth_ratio
+
+    rows, before = [], None
+    for which in WHICH:
+        chosen = picked(asked.answers, which, RELEARNING.share, repeat=0)
+        first, truth_ratio = scored(which, chosen, 0)
+        before = truth_ratio if before is None else before
+        examples = [asked.answers[i] for i in chosen]
+        epochs = list(relearn(subject, examples, RELEARNING, seed=0, autocast=autocast))
+        rows += [first, scored(which, chosen, epochs[-1])[0]]
+        subject.model.load_state_dict(start)
+    return rows, before
+
+
+def page(rows: list[Row]) -> str:
+    """Before the attack and after its last epoch, as Markdown."""
+    table = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        for which in WHICH:
+            before, after = (row for row in rows if row["model"] == model and row["relearned"] == which)
+            scores = [
+                f"{before[score]:.3g} -> {after[score]:.3g}" if score in before else "the model it is read against"
+                for score in SCORES
+            ]
+            table.append([model, which, *scores])
+    share, epochs, rate, batch = RELEARNING
+    return "\n".join(
+        [
+            "# Relearning\n",
+            f"{epochs} epochs on {share:.0%} of the forget answers, learning rate {rate:g}, batches of {batch}; scores "
+            "before and after.\n",
+            markdown_table(["model", "relearned", *SCORES.values()], table),
+            "![before and after](relearning.png)\n",
+        ]
+    )
+
+
+def picture(rows: list[Row]) -> bytes:
+    """The probability of the answers not relearned before and after, as PNG: two bars a model."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    for axes, which in zip(figure.subplots(1, len(WHICH), sharey=True), WHICH, strict=True):
+        some = [row for row in rows if row["relearned"] == which]
+        names = list(dict.fromkeys(row["model"] for row in some))
+        for i, label in enumerate(("before", "after")):
+            heights = [row["probability_others"] for row in some[i::2]]
+            axes.bar([x + 0.4 * i for x in range(len(names))], heights, width=0.4, label=label)
+        axes.set_xticks([x + 0.2 for x in range(len(names))], names, fontsize=8)
+        axes.set_title(f"relearned: {which}", fontsize=9)
+    figure.axes[0].set_ylabel(SCORES["probability_others"], fontsize=8)
+    figure.axes[0].legend(fontsize=8, frameon=False)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=100, format="png")
+    return png.getvalue()
