@@ -36,7 +36,7 @@ SUPPORTED = Version(transformers.__version__) >= Version("4.53")
 # sequences whose lengths differ by less are computed together, the shorter ones padded
 GROUP_RATIO = 1.5
 # tokens of a sequence up to which its scores may exist, on a CPU
-WRITTEN_OUT = 512
+WRITTEN_OUT = 256
 
 
 class PackedBounds:

@@ -86,13 +86,13 @@ def test_user_errors_are_one_line_and_no_traceback(arguments, wrong, message, ca
 
 
 def test_a_run_that_has_to_stop_ends_with_1(arguments, monkeypatch, capsys):
-    import simnpo.training.loop as loop
+    from simnpo.training import smaller
 
     def nan(*args):
         return totals(*args)._replace(loss=float("nan"))
 
-    totals = loop.accumulate
-    monkeypatch.setattr(loop, "accumulate", nan)
+    totals = smaller.accumulate
+    monkeypatch.setattr(smaller, "accumulate", nan)
     assert cli.main(arguments) == 1
     assert "error: step 1: the loss is nan" in capsys.readouterr().err
 

@@ -283,7 +283,7 @@ def break_at_step(monkeypatch, step: int, what) -> None:
         calls.append(None)
         return accumulate(accelerator, module, *args)
 
-    monkeypatch.setattr("simnpo.training.loop.accumulate", breaking)
+    monkeypatch.setattr("simnpo.training.smaller.accumulate", breaking)
 
 
 def test_nan_in_hidden_states_stops_before_the_optimizer_and_names_the_examples(config, monkeypatch, tmp_path):
