@@ -26,6 +26,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from simnpo.kernels.autograd import first_derivative_only
 from simnpo.model import causal_lm, hidden_states, probe, same_hidden_states
 
 logger = logging.getLogger(__name__)
@@ -44,9 +45,11 @@ class PackedBounds:
 
     Attributes:
         lengths: tokens of each sequence.
-        groups: sequences of about the same length, as (rows of N, (B, T)) with T the longest; the rows that pad a
-            shorter one repeat its last, which no other row of it attends to.
-        back: (N,) where each row is among the rows of all groups, one after the other.
+        groups: (B, T) of sequences of about the same length, with T the longest.
+        rows: which rows of N all groups have, one group after another; a row that pads a shorter sequence repeats its
+            last one.
+        own: like rows, bool, False where a row pads.
+        back: (N,) where each row is among `rows`.
         cu_seqlens: (B + 1,) int32.
     """
 
@@ -56,20 +59,41 @@ class PackedBounds:
         for length in lengths:
             starts.append(starts[-1] + length)
         self.cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)
-        self.groups: list[tuple[Tensor, tuple[int, int]]] = []
-        back = torch.empty(starts[-1], dtype=torch.int64)
-        offset = 0
+        self.groups: list[tuple[int, int]] = []
+        all_rows, all_own = [], []
         for members in _similar(lengths):
             T = max(lengths[b] for b in members)
             first = torch.tensor([starts[b] for b in members])[:, None]
             last = torch.tensor([lengths[b] - 1 for b in members])[:, None]
             column = torch.arange(T)[None]
             rows = first + torch.minimum(column, last)  # (B, T)
-            own = column <= last
-            back[rows[own]] = offset + torch.arange(rows.numel()).view_as(rows)[own]
-            self.groups.append((rows.flatten().to(device), (len(members), T)))
-            offset += rows.numel()
-        self.back = back.to(device)
+            self.groups.append((len(members), T))
+            all_rows.append(rows.flatten())
+            all_own.append((column <= last).flatten())
+        rows, own = torch.cat(all_rows), torch.cat(all_own)
+        back = torch.empty(starts[-1], dtype=torch.int64)
+        back[rows[own]] = torch.arange(len(rows))[own]
+        self.rows, self.own, self.back = rows.to(device), own.to(device), back.to(device)
+
+
+class _TakeRows(torch.autograd.Function):
+    """x[rows], (n, H, d), whose gradient is taken by rows as well: no zeros to add to, and the same bits every time.
+
+    inverse: where each row of x is in the result. own: of the rows of x, those that the result has; None: all. The rows
+    that pad a sequence have no gradient, for what they compute is dropped and nothing attends to them.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: Tensor, inverse: Tensor, own: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inverse, own)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, dout: Tensor):
+        inverse, own = ctx.saved_tensors
+        dx = dout.index_select(0, inverse)
+        return dx if own is None else dx.mul_(own[:, None, None]), None, None, None
 
 
 def _similar(lengths: list[int]) -> list[list[int]]:
@@ -151,19 +175,21 @@ def varlen_attention(
     if flash is not None and q.shape[-1] == v.shape[-1] <= 256:
         return flash(q, k, v, bounds, scaling, sliding_window)[None], None
     outputs = []
-    for rows, (B, T) in bounds.groups:
-        some: Any = [x[rows].view(B, T, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)]
+    sizes = [B * T for B, T in bounds.groups]
+    grouped = (_TakeRows.apply(x, bounds.rows, bounds.back, None).split(sizes) for x in (q, k, v))
+    for (B, T), *rows in zip(bounds.groups, *grouped, strict=True):
+        some_q, some_k, some_v = (x.view(B, T, *x.shape[1:]).transpose(1, 2) for x in rows)
         if T <= WRITTEN_OUT and not q.is_cuda and not dropout:
-            out = _written_out(*some, scaling, sliding_window)
+            out = _written_out(some_q, some_k, some_v, scaling, sliding_window)
         else:
             out = F.scaled_dot_product_attention(
-                *some,
+                some_q, some_k, some_v,
                 attn_mask=None if sliding_window is None else _window(T, sliding_window, q.device),
                 dropout_p=dropout, is_causal=sliding_window is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1],
             )  # fmt: skip
         outputs.append(out.transpose(1, 2).reshape(B * T, *out.shape[1:2], -1))
     padded = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return padded[bounds.back][None], None
+    return _TakeRows.apply(padded, bounds.back, bounds.rows, bounds.own)[None], None
 
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:

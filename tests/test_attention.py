@@ -76,9 +76,10 @@ def test_padded_batches_and_generation_are_as_with_sdpa():
 
 def test_groups_cover_every_row_once():
     bounds = PackedBounds(LENGTHS, torch.device("cpu"))
-    assert [shape for _, shape in bounds.groups] == [(2, 40), (3, 7), (1, 2), (1, 1)]
-    rows = torch.cat([rows for rows, _ in bounds.groups])
-    assert rows[bounds.back].equal(torch.arange(sum(LENGTHS)))
+    assert bounds.groups == [(2, 40), (3, 7), (1, 2), (1, 1)]
+    assert bounds.rows[bounds.back].equal(torch.arange(sum(LENGTHS)))
+    assert bounds.own.sum() == sum(LENGTHS)
+    assert bounds.rows[bounds.own].sort().values.equal(torch.arange(sum(LENGTHS)))
 
 
 def test_bounds_are_read_off_the_mask_function():

@@ -144,7 +144,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", nargs="+", type=int, default=[4], help="forget, and as many retain, sequences")
     parser.add_argument("--loops", nargs="+", metavar="PART", help="only others whose name contains one of these")
     parser.add_argument("--method", choices=("simnpo", "npo"), default="simnpo")
-    parser.add_argument("--precision", choices=DTYPES, default="bf16", help="of the arithmetic; the weights are fp32")
+    parser.add_argument("--precision", choices=DTYPES, default="bf16", help="of the arithmetic")
+    parser.add_argument(
+        "--weights", choices=("fp32", "bf16"), default="fp32", help="of the model, for all loops; bf16: compensated"
+    )
     parser.add_argument("--lora", action="store_true", help="adapters on a bf16 body, for all loops")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="for all loops")
     parser.add_argument("--pad-to", type=int, default=MAX_LENGTH, help="width of the published loop's rows at least")
@@ -161,10 +164,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def measure(options: argparse.Namespace, command: str) -> list[Path]:
     """Everything the command line asks for; returns the files written."""
     device = check(options, {"rounds": 0, "npo_rounds": 0, "rival_steps": 1})
-    changes = {name: getattr(options, name) for name in ("method", "epochs", "precision", "lora")}
+    changes = {name: getattr(options, name) for name in ("method", "epochs", "precision", "weights", "lora")}
     changes |= {"batch_size": options.batch_size[0], "gradient_checkpointing": options.gradient_checkpointing}
     facts = environment(device, DTYPES[options.precision], command)
-    facts["dtype"] += " arithmetic, " + ("bfloat16 body, float32 adapters" if options.lora else "float32 weights")
+    facts["dtype"] += " arithmetic, " + (
+        "bfloat16 body, float32 adapters" if options.lora else f"{options.weights} weights"
+    )
     deadline = time.monotonic() + 60 * options.minutes
     results: dict[str, list[Row]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as temporary:
