@@ -57,8 +57,9 @@ print(json.dumps(seen))
 def test_memory_does_not_grow_with_the_steps(options):
     seen = json.loads(run(STEADY, json.dumps(options | {"max_steps": STEPS, "save_steps": 500})).splitlines()[-1])
     assert len(seen) == STEPS // 200
-    # the first half has the first checkpoint and the second weights.jsonl; after it a kilobyte a step would be 1 MiB
-    assert max(seen) - seen[STEPS // 400] < 1.0, seen
+    # the first half has the first checkpoint and the second weights.jsonl; after it the hidden states of one sequence
+    # a step, 2 kilobytes for each of its tokens, would be a hundred MiB
+    assert max(seen) - seen[STEPS // 400] < 4.0, seen
 
 
 # kills children that run or resume, at random moments, until it was often enough; after a run that is over, another
