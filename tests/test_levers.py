@@ -80,6 +80,21 @@ def test_bf16_weights_end_near_those_of_float32(config, tmp_path, optimizer, rel
     assert (rows(tmp_path / "run")[0]["grad_norm"] is None) == release
 
 
+def unlearn_until(step: int, config: UnlearnConfig, monkeypatch) -> None:
+    """A run that ends in `step`, counted from 0, as `smaller.accumulate` stands; undoes every patch."""
+    accumulate = smaller.accumulate
+
+    def stops(accelerator, model, collator, sampler, config, now):
+        if now == step:
+            raise SystemExit
+        return accumulate(accelerator, model, collator, sampler, config, now)
+
+    monkeypatch.setattr(smaller, "accumulate", stops)
+    with pytest.raises(SystemExit):
+        unlearn(config)
+    monkeypatch.undo()
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -91,17 +106,7 @@ def test_bf16_weights_end_near_those_of_float32(config, tmp_path, optimizer, rel
 )
 def test_resumes_to_the_same_bits(config, tmp_path, monkeypatch, changes):
     whole = unlearn(config(**changes, output=str(tmp_path / "whole")))
-    save = smaller.accumulate
-
-    def stop_in_step(accelerator, model, collator, sampler, config, step):
-        if step == 2:
-            raise SystemExit
-        return save(accelerator, model, collator, sampler, config, step)
-
-    monkeypatch.setattr(smaller, "accumulate", stop_in_step)
-    with pytest.raises(SystemExit):
-        unlearn(config(**changes))
-    monkeypatch.undo()
+    unlearn_until(2, config(**changes), monkeypatch)
     assert weights(unlearn(config(**changes, resume=True))).equal(weights(whole))
 
 
@@ -130,19 +135,9 @@ def out_of_memory_in(accumulate, step: int, until: int, message: str = "CUDA out
 
 
 def test_what_did_not_fit_is_known_after_a_resume(config, tmp_path, monkeypatch):
-    fails = out_of_memory_in(smaller.accumulate, step=1, until=4)
-    monkeypatch.setattr(smaller, "accumulate", fails)
+    monkeypatch.setattr(smaller, "accumulate", out_of_memory_in(smaller.accumulate, step=1, until=4))
     whole = weights(unlearn(config(output=str(tmp_path / "whole"))))
-
-    def stops(accelerator, model, collator, sampler, config, step):
-        if step == 3:
-            raise SystemExit
-        return fails(accelerator, model, collator, sampler, config, step)
-
-    monkeypatch.setattr(smaller, "accumulate", stops)
-    with pytest.raises(SystemExit):
-        unlearn(config(save_steps=2))
-    monkeypatch.undo()
+    unlearn_until(3, config(save_steps=2), monkeypatch)
     assert weights(unlearn(config(save_steps=2, resume=True))).equal(whole)
 
 
@@ -164,27 +159,13 @@ def test_a_step_that_cannot_get_smaller_ends_the_run_with_its_checkpoints(config
     def fails(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    unlearn_two(config, monkeypatch)
+    unlearn_until(2, config(), monkeypatch)
     monkeypatch.setattr(smaller, "accumulate", fails)
     with pytest.raises(RunError, match=r"step 3 ran out of memory .* single sequences and a chunk of 256 tokens"):
         unlearn(config(resume=True))
     monkeypatch.undo()
     assert (tmp_path / "run/checkpoints/step-00000002").is_dir()
     unlearn(config(resume=True))
-
-
-def unlearn_two(config, monkeypatch) -> None:
-    accumulate = smaller.accumulate
-
-    def stops(accelerator, model, collator, sampler, config, step):
-        if step == 2:
-            raise SystemExit
-        return accumulate(accelerator, model, collator, sampler, config, step)
-
-    monkeypatch.setattr(smaller, "accumulate", stops)
-    with pytest.raises(SystemExit):
-        unlearn(config())
-    monkeypatch.undo()
 
 
 def test_updates_inside_backward_go_back_to_a_checkpoint(config, monkeypatch):
