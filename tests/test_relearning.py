@@ -19,14 +19,8 @@ def test_before_and_after_of_every_model(tmp_path, monkeypatch):
         torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.2)
         model.save_pretrained(folder)
         make_tokenizer().save_pretrained(folder)
-    questions = [
-        {
-            "question": f"Who is {i}?", "answer": f"It is {'ab' * (i + 1)}.",
-            "paraphrased_answer": f"That is {'ab' * i}.", "perturbed_answer": [f"No {i}", f"Not {i}"],
-        }
-        for i in range(10)
-    ]  # fmt: skip
-    path = write_rows(tmp_path / "forget01_perturbed.jsonl", questions)
+    rows = [{"question": f"Who is {i}?", "answer": f"It is {'ab' * (i + 1)}."} for i in range(10)]
+    path = write_rows(tmp_path / "forget01.jsonl", rows)
     retrained = folders.pop("retrained")
     relearn_all(folders, retrained, path, tmp_path)
     rows = json.loads((tmp_path / "relearning.json").read_text())["rows"]
@@ -39,9 +33,7 @@ def test_before_and_after_of_every_model(tmp_path, monkeypatch):
     for before, after in zip(rows[::2], rows[1::2]):
         # what starts alike is learned alike: the others are answers of the same kind
         assert after["probability_others"] > before["probability_others"]
-        assert ("forget_quality" in before) == (before["model"] != "retrained")
-    # the second attack starts where the first did, but for the answers that are left out
-    assert rows[0]["probability"] == rows[2]["probability"] != rows[4]["probability"]
+    assert len({row["probability_others"] for row in rows}) == len(rows)
     page = (tmp_path / "relearning.md").read_text()
     assert "| one | shortest |" in page
     assert "20 epochs on 20% of the forget answers" in page

@@ -99,8 +99,7 @@ def main() -> None:
         for method, setting in tried["best"].items()
     }
     if not (output / "relearning.json").exists():
-        questions = data / "forget01_perturbed.jsonl"
-        relearn_all(first, output / "retrained", questions, output)
+        relearn_all(first, output / "retrained", data / "forget01.jsonl", output)
     write_json(output / "settings.json", {"learning": LEARNING, "unlearning": UNLEARNING, "seeds": list(options.seeds)})
 
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from simnpo.attacks.curves import Row, forget_scores
+from simnpo.attacks.curves import Row
 from simnpo.attacks.relearn import WHICH, Relearning, Which, picked, relearn
 from simnpo.data import read_rows
 from simnpo.evaluation.measures import measure
@@ -25,65 +24,58 @@ from simnpo.training.disk import write_bytes, write_json, write_text
 
 RETRAINED = "retrained"
 RELEARNING = Relearning()
-SCORES = {"probability_others": "probability of the answers not relearned", "forget_quality": "forget quality"}
+SCORES = {
+    "probability_others": "probability of the answers not relearned",
+    "extraction_strength_others": "their extraction strength",
+}
 
 
-def relearn_all(models: Mapping[str, Path], retrained: Path, questions: Path, output: Path) -> None:
+def relearn_all(models: Mapping[str, Path], retrained: Path, answers: Path, output: Path) -> None:
     """Attacks the retrained model and every other, and writes relearning.json, .md and .png.
 
     Args:
         models: folder of each method's unlearned model.
         retrained: folder of the model that never saw the forget set.
-        questions: TOFU's forget set with its perturbed answers.
+        answers: JSON Lines of the forget set.
         output: folder.
     """
     rows: list[Row] = []
-    truth_ratio = None
     for name, folder in {RETRAINED: retrained, **models}.items():
         # trained weights are float32, whatever the arithmetic
         subject = load_subject(str(folder), precision="fp32", show_progress=False)
-        asked = encode_questions(list(read_rows(questions)), subject.tokenizer, 512)
-        new, before = attacked(subject, asked, name, truth_ratio)
-        truth_ratio = before if truth_ratio is None else truth_ratio
-        rows += new
+        rows += attacked(subject, encode_questions(read_rows(answers), subject.tokenizer, 512), name)
         print(f"relearned {name}", flush=True)
     write_json(output / "relearning.json", {"relearning": RELEARNING._asdict(), "rows": rows})
     write_text(output / "relearning.md", page(rows))
     write_bytes(output / "relearning.png", picture(rows))
 
 
-def attacked(subject: Subject, asked: QuestionSet, name: str, retrained: Any) -> tuple[list[Row], Any]:
+def attacked(subject: Subject, asked: QuestionSet, name: str) -> list[Row]:
     """Rows of one model before the attack and after it, for both fifths, each from the same weights.
 
-    Unlike `simnpo attack relearn` it lets the model write no answers, which on a CPU takes longer than all the rest.
-
-    Args:
-        retrained: (n,) truth ratios of the retrained model before any attack; None: this is the retrained model.
-
-    Returns:
-        The rows, and the (n,) truth ratios before the attack.
+    Unlike `simnpo attack relearn` it scores the answers alone, and has the model write none: on a CPU the perturbed
+    answers and the writing take longer than all the rest.
     """
     autocast = torch.autocast(next(subject.model.parameters()).device.type, dtype=torch.bfloat16)
     start = {key: value.cpu().clone() for key, value in subject.model.state_dict().items()}
 
-    def scored(which: Which, chosen: list[int], epoch: int) -> tuple[Row, Any]:
+    def scored(which: Which, chosen: list[int], epoch: int) -> Row:
         with autocast:
             measures = measure(subject, {"forget": asked}, write=(), max_new_tokens=0)["forget"]
         others = np.setdiff1d(np.arange(len(measures.probability)), chosen)
-        own = {"model": name, "relearned": which, "epoch": epoch}
-        row = own | {"probability_others": float(measures.probability[others].mean())}
-        return row | forget_scores(measures, retrained), measures.truth_ratio
+        scores = {name: float(getattr(measures, name.removesuffix("_others"))[others].mean()) for name in SCORES}
+        return {"model": name, "relearned": which, "epoch": epoch, **scores}
 
-    rows, before = [], None
+    rows = []
     for which in WHICH:
         chosen = picked(asked.answers, which, RELEARNING.share, repeat=0)
-        first, truth_ratio = scored(which, chosen, 0)
-        before = truth_ratio if before is None else before
+        rows.append(scored(which, chosen, 0))
         examples = [asked.answers[i] for i in chosen]
-        epochs = list(relearn(subject, examples, RELEARNING, seed=0, autocast=autocast))
-        rows += [first, scored(which, chosen, epochs[-1])[0]]
+        for _ in relearn(subject, examples, RELEARNING, seed=0, autocast=autocast):
+            pass
+        rows.append(scored(which, chosen, RELEARNING.epochs))
         subject.model.load_state_dict(start)
-    return rows, before
+    return rows
 
 
 def page(rows: list[Row]) -> str:
@@ -92,10 +84,7 @@ def page(rows: list[Row]) -> str:
     for model in dict.fromkeys(row["model"] for row in rows):
         for which in WHICH:
             before, after = (row for row in rows if row["model"] == model and row["relearned"] == which)
-            scores = [
-                f"{before[score]:.3g} -> {after[score]:.3g}" if score in before else "the model it is read against"
-                for score in SCORES
-            ]
+            scores = [f"{before[score]:.3g} -> {after[score]:.3g}" for score in SCORES]
             table.append([model, which, *scores])
     share, epochs, rate, batch = RELEARNING
     return "\n".join(
