@@ -57,8 +57,8 @@ print(json.dumps(seen))
 def test_memory_does_not_grow_with_the_steps(options):
     seen = json.loads(run(STEADY, json.dumps(options | {"max_steps": STEPS, "save_steps": 500})).splitlines()[-1])
     assert len(seen) == STEPS // 200
-    # the first half has the first checkpoint and the middle of weights.jsonl; after it the hidden states of a step, four
-    # sequences of forty tokens, would add 20 MiB
+    # the first half has the first checkpoint and the middle of weights.jsonl; after it the hidden states of a step,
+    # four sequences of forty tokens, would add 20 MiB
     assert max(seen) - seen[STEPS // 400] < 4.0, seen
 
 
