@@ -1,6 +1,7 @@
 """The memory options of a run: each takes the same steps as the run without it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,21 @@ def test_what_did_not_fit_is_known_after_a_resume(config, tmp_path, monkeypatch)
     whole = weights(unlearn(config(output=str(tmp_path / "whole"))))
     unlearn_until(3, config(save_steps=2), monkeypatch)
     assert weights(unlearn(config(save_steps=2, resume=True))).equal(whole)
+
+
+def test_a_step_taken_again_draws_its_dropout_anew(config, tmp_path, monkeypatch):
+    make_model(attention_dropout=0.3).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+
+    def make(**changes):
+        return config(model=str(tmp_path / "model"), **changes)
+
+    monkeypatch.setattr(smaller, "accumulate", out_of_memory_in(smaller.accumulate, step=1, until=4))
+    whole = unlearn(make(output=str(tmp_path / "whole")))
+    unlearn_until(2, make(), monkeypatch)
+    # back to before the step that did not fit, as after a kill
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000002")
+    assert weights(unlearn(make(resume=True))).equal(weights(whole))
 
 
 def test_chunks_are_halved_when_micro_batches_cannot_be(config, monkeypatch):

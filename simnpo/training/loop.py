@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from simnpo.batch import Sampler, seed_torch
+from simnpo.batch import Sampler
 from simnpo.config import UnlearnConfig
 from simnpo.data import Example
 from simnpo.errors import UserError
@@ -172,7 +172,6 @@ def train(run: Run, checkpoint: Path | None) -> Clock:
         for step in range(start, num_steps):
             if step in (0, num_steps // 2):
                 log.weights(forget_weights(run, step))
-            seed_torch(config.seed, step, rank)
             rate = learning_rate(step, num_steps, config.learning_rate, config.warmup_ratio)
             set_learning_rate(optimizer, rate)
             totals = smaller.accumulate(accelerator, model, run.collator, sampler, step)

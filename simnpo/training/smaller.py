@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from simnpo.batch import Sampler
+from simnpo.batch import Sampler, seed_torch
 from simnpo.config import UnlearnConfig
 from simnpo.errors import RunError
 from simnpo.kernels.chunks import MIN_CHUNK_TOKENS, default_chunk_tokens
@@ -69,6 +69,8 @@ class SmallerSteps:
         """
         while True:
             config = self.config_at(step)
+            # before each try: a resumed run, which takes the step once, draws the same dropout
+            seed_torch(config.seed, step, accelerator.process_index)
             try:
                 return accumulate(accelerator, model, collator, sampler, config, step)
             except Exception as error:
