@@ -33,6 +33,8 @@ from simnpo.model import (
     last_hidden_state,
     logit_transform,
     output_layer,
+    run_body,
+    shares_prefix,
     verify_head,
 )
 from simnpo.objectives import Objective
@@ -41,9 +43,9 @@ from simnpo.objectives import Objective
 LOSS_ARGUMENTS = (
     "shift_labels", "retain_mask", "ref_logps", "ref_token_logps", "token_weights", "alternates", "forget_coef",
     "retain_coef", "num_forget", "num_retain_tokens", "cu_seqlens", "gradient_error", "logits_dtype", "chunk_tokens",
-    "impl", "sequence_group",
+    "impl", "sequence_group", "shared_prefix",
 )  # fmt: skip
-TOKEN_LOGPS_ARGUMENTS = ("cu_seqlens", "gradient_error", "logits_dtype", "chunk_tokens", "impl")
+TOKEN_LOGPS_ARGUMENTS = ("cu_seqlens", "gradient_error", "logits_dtype", "chunk_tokens", "impl", "shared_prefix")
 # arguments of the model's own forward that a loss without logits cannot honour
 REFUSED = {
     "num_items_in_batch": "it counts tokens of forget and retain sequences alike: pass num_forget and "
@@ -73,6 +75,9 @@ def attach(model: nn.Module, *, verify: bool = True) -> Any:
             retain tokens of all ranks and micro-batches of a step. Where gradients are averaged over ranks (DDP, FSDP,
             ZeRO) the loss is to be multiplied by their number.
         cu_seqlens: (B + 1,) bounds of the sequences of a packed (1, N) row, whose position_ids restart with each.
+        shared_prefix: tokens that every sequence of the packed row begins with and that stand in it once: the first
+            sequence has them, the others leave them out and their position_ids start at this number. What they predict
+            is not to be a target. Needs the attention of `simnpo.attention.use_packed_attention`.
         ref_token_logps, token_weights: (B, T) like shift_labels: [b, t] belongs to labels[b, t + 1].
         sequence_group: the ranks that share every sequence (context parallel), each with a slice of it and of
             shift_labels; the body is the one to have them attend to each other.
@@ -240,7 +245,8 @@ def _loss_forward(lm: Any, objective: Objective | None, token_logps: bool, input
     for name, reason in REFUSED.items():
         if inputs.pop(name, None) is not None:
             raise ValueError(f"{name} has no meaning in a loss without logits: {reason}")
-    options = {name: inputs.pop(name) for name in LOSS_ARGUMENTS if inputs.get(name) is not None}
+    given = {name: inputs.pop(name, None) for name in LOSS_ARGUMENTS}
+    options = {name: value for name, value in given.items() if value is not None}
     allowed = TOKEN_LOGPS_ARGUMENTS if token_logps else LOSS_ARGUMENTS
     extra = [name for name in options if name not in (*allowed, "shift_labels")]
     if extra:
@@ -260,11 +266,18 @@ def _loss_forward(lm: Any, objective: Objective | None, token_logps: bool, input
             "wrapper casts tensors: pass a list of floats, which it leaves alone"
         )
 
-    output = _run_body(lm, inputs)
+    shared_prefix = options.pop("shared_prefix", 0)
+    output = _run_body(lm, inputs, shared_prefix)
     packed = options.get("cu_seqlens") is not None
+    if shared_prefix and not (packed and _measured(lm, shares_prefix)):
+        raise ValueError(
+            f"shared_prefix={shared_prefix} needs a packed row with cu_seqlens and a model whose sequences can share "
+            f"tokens, which {lm.config._attn_implementation!r} attention cannot: call "
+            "simnpo.attention.use_packed_attention(model), or repeat the tokens in every sequence"
+        )
     hidden = output.last_hidden_state
     if packed:
-        if inputs.get("position_ids") is None or len(hidden) != 1 or not _keeps_apart(lm):
+        if inputs.get("position_ids") is None or len(hidden) != 1 or not _measured(lm, keeps_sequences_apart):
             raise ValueError(
                 "cu_seqlens marks the sequences of one packed row, (1, N), whose position_ids restart with each, and "
                 f"needs a model that keeps them apart: got rows {tuple(hidden.shape[:2])}, position_ids "
@@ -286,12 +299,12 @@ def _loss_forward(lm: Any, objective: Objective | None, token_logps: bool, input
     return _with_router_loss(lm, result, output, inputs, options) if objective is not None else result
 
 
-def _run_body(lm: Any, inputs: dict[str, Any]) -> Any:
+def _run_body(lm: Any, inputs: dict[str, Any], shared_prefix: int) -> Any:
     body: Any = body_of(lm)
     inputs |= {"use_cache": False, "return_dict": True}
     if _balances_experts(lm, inputs):
         inputs["output_router_logits"] = True
-    output = body(**inputs)
+    output = run_body(body, shared_prefix, **inputs)
     last_hidden_state(body, output)
     return output
 
@@ -329,16 +342,16 @@ def _refuse_shifted(labels: Tensor, input_ids: Tensor) -> None:
         )
 
 
-def _keeps_apart(lm: Any) -> bool:
-    """Whether packed sequences do not see each other, measured once for each way of computing attention."""
-    attention = lm.config._attn_implementation
-    known = lm.__dict__.setdefault("_keeps_sequences_apart", {})
-    if attention not in known:
+def _measured(lm: Any, ability: Callable[[nn.Module], bool]) -> bool:
+    """What a model can do with packed rows, measured once for each way of computing attention."""
+    known = lm.__dict__.setdefault("_packing_abilities", {})
+    key = ability.__name__, lm.config._attn_implementation
+    if key not in known:
         was_training = lm.training
         lm.eval()
-        known[attention] = keeps_sequences_apart(lm)
+        known[key] = ability(lm)
         lm.train(was_training)
-    return known[attention]
+    return known[key]
 
 
 def _balances_experts(lm: Any, inputs: dict[str, Any]) -> bool:

@@ -17,8 +17,8 @@ import importlib.util
 import inspect
 import logging
 from collections.abc import Callable
-from itertools import pairwise
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from simnpo.kernels.autograd import first_derivative_only
-from simnpo.model import causal_lm, hidden_states, probe, same_hidden_states
+from simnpo.model import SHARED_PREFIX, causal_lm, hidden_states, probe, same_hidden_states
 
 logger = logging.getLogger(__name__)
 
@@ -41,69 +41,115 @@ WRITTEN_OUT = 256
 
 
 class PackedBounds:
-    """Where the sequences of a packed row begin and end.
+    """Where the sequences of a packed row begin and end, and what they share.
 
     Attributes:
-        lengths: tokens of each sequence.
-        groups: (B, T) of sequences of about the same length, with T the longest.
-        rows: which rows of N all groups have, one group after another; a row that pads a shorter sequence repeats its
-            last one.
-        own: like rows, bool, False where a row pads.
-        back: (N,) where each row is among `rows`.
+        longest: tokens of the longest sequence.
+        prefix: tokens at the beginning of the row that every sequence begins with. They stand there once: what follows
+            them belongs to the first sequence, and the others follow without them. 0: nothing is shared.
         cu_seqlens: (B + 1,) int32.
+        groups: of sequences of about the same length, computed together. A shared prefix is a sequence of its own too,
+            the only one whose output at the prefix is kept.
+        rows: which rows of N all groups have, one group after another, the prefix in each sequence; a row that pads a
+            shorter sequence repeats its last one.
+        inverse: (N,) where each row is among `rows`.
+        copies: (S, prefix) where those of the prefix are among `rows`, for each of S sequences; None without one.
+        out_rows: which rows of N all groups compute, one group after another.
+        own: like out_rows, bool, False where a row pads.
+        back: (N,) where each row is among `out_rows`.
     """
 
-    def __init__(self, lengths: list[int], device: torch.device) -> None:
-        self.lengths = lengths
-        starts = [0]
-        for length in lengths:
-            starts.append(starts[-1] + length)
+    def __init__(self, lengths: list[int], device: torch.device, prefix: int = 0) -> None:
+        if prefix and not prefix < lengths[0]:
+            raise ValueError(f"the first sequence has {lengths[0]} tokens, too few to begin with {prefix} and go on")
+        self.prefix = prefix
+        starts = [0, *accumulate(lengths)]
         self.cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)
-        self.groups: list[tuple[int, int]] = []
-        all_rows, all_own = [], []
-        for members in _similar(lengths):
-            T = max(lengths[b] for b in members)
-            first = torch.tensor([starts[b] for b in members])[:, None]
-            last = torch.tensor([lengths[b] - 1 for b in members])[:, None]
+        spans = [(start, length, 0) for start, length in zip(starts, lengths)]
+        if prefix:
+            # rows that are a sequence's own, behind how many of the prefix
+            spans = [(0, prefix, 0), (prefix, lengths[0] - prefix, prefix), *((a, n, prefix) for a, n, _ in spans[1:])]
+        self.longest = max(behind + length for _, length, behind in spans)
+        self.groups: list[Group] = []
+        rows, is_copy, out_rows, own = [], [], [], []
+        for members in _similar(spans):
+            start, length = (torch.tensor([span[i] for span in members])[:, None] for i in (0, 1))
+            behind, T = members[0][2], members[0][1]
             column = torch.arange(T)[None]
-            rows = first + torch.minimum(column, last)  # (B, T)
-            self.groups.append((len(members), T))
-            all_rows.append(rows.flatten())
-            all_own.append((column <= last).flatten())
-        rows, own = torch.cat(all_rows), torch.cat(all_own)
-        back = torch.empty(starts[-1], dtype=torch.int64)
-        back[rows[own]] = torch.arange(len(rows))[own]
-        self.rows, self.own, self.back = rows.to(device), own.to(device), back.to(device)
+            here = start + torch.minimum(column, length - 1)  # (B, T)
+            before = torch.arange(behind).expand(len(members), behind)
+            self.groups.append(Group(len(members), behind + T, behind))
+            rows.append(torch.cat([before, here], dim=1).flatten())
+            is_copy.append((torch.arange(behind + T) < behind).expand(len(members), -1).flatten())
+            out_rows.append(here.flatten())
+            own.append((column < length).flatten())
+        self._index(torch.cat(rows), torch.cat(is_copy), torch.cat(out_rows), torch.cat(own), starts[-1], device)
+
+    def _index(
+        self, rows: Tensor, is_copy: Tensor, out_rows: Tensor, own: Tensor, N: int, device: torch.device
+    ) -> None:
+        back, inverse = torch.empty(N, dtype=torch.int64), torch.empty(N, dtype=torch.int64)
+        back[out_rows[own]] = own.nonzero().flatten()
+        # the rows that are not copies of the prefix are the computed ones, in the same order
+        inverse[out_rows[own]] = (~is_copy).nonzero().flatten()[own]
+        copies = None
+        if self.prefix:
+            copies = torch.cat([inverse[: self.prefix], is_copy.nonzero().flatten()]).view(-1, self.prefix).to(device)
+        self.copies = copies
+        self.rows, self.inverse = rows.to(device), inverse.to(device)
+        self.out_rows, self.own, self.back = out_rows.to(device), own.to(device), back.to(device)
+
+
+class Group(NamedTuple):
+    """Sequences that are computed together.
+
+    Attributes:
+        size: how many.
+        tokens: of the longest.
+        behind: of them, at the beginning, those whose output is computed elsewhere.
+    """
+
+    size: int
+    tokens: int
+    behind: int
 
 
 class _TakeRows(torch.autograd.Function):
     """x[rows], (n, H, d), whose gradient is taken by rows as well: no zeros to add to, and the same bits every time.
 
-    inverse: where each row of x is in the result. own: of the rows of x, those that the result has; None: all. The rows
+    inverse: where each row of x is in the result. copies: (S, p) where the first p rows of x are in the result, which
+    has them S times; None: it has every row once. own: of the rows of x, those that the result has; None: all. The rows
     that pad a sequence have no gradient, for what they compute is dropped and nothing attends to them.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, rows: Tensor, inverse: Tensor, own: Tensor | None) -> Tensor:
-        ctx.save_for_backward(inverse, own)
+    def forward(ctx, x: Tensor, rows: Tensor, inverse: Tensor, copies: Tensor | None, own: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inverse, copies, own)
         return x.index_select(0, rows)
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, dout: Tensor):
-        inverse, own = ctx.saved_tensors
+        inverse, copies, own = ctx.saved_tensors
         dx = dout.index_select(0, inverse)
-        return dx if own is None else dx.mul_(own[:, None, None]), None, None, None
+        if copies is not None:
+            dx[: copies.shape[1]] = dout[copies].sum(0)
+        return dx if own is None else dx.mul_(own[:, None, None]), None, None, None, None
 
 
-def _similar(lengths: list[int]) -> list[list[int]]:
-    """Sequences by length, the longest first, a new group wherever one is shorter than its first by GROUP_RATIO."""
-    groups: list[list[int]] = []
-    for b in sorted(range(len(lengths)), key=lambda b: (-lengths[b], b)):
-        if groups and lengths[groups[-1][0]] <= GROUP_RATIO * lengths[b]:
-            groups[-1].append(b)
+def _similar(spans: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
+    """Sequences by length, the longest first, a new group wherever one is shorter than its first by GROUP_RATIO.
+
+    Spans are (start, tokens, behind how many); those of a group are behind the same.
+    """
+    groups: list[list[tuple[int, int, int]]] = []
+    for span in sorted(spans, key=lambda span: (span[2], -span[1], span[0])):
+        _, length, behind = span
+        first = groups[-1][0] if groups else None
+        if first is not None and first[2] == behind and behind + first[1] <= GROUP_RATIO * (behind + length):
+            groups[-1].append(span)
         else:
-            groups.append([b])
+            groups.append([span])
     return groups
 
 
@@ -111,7 +157,10 @@ def packed_bounds(
     batch_size: int, q_length: int, kv_length: int, q_offset: int, mask_function: Callable[..., Tensor],
     attention_mask: Tensor | None, device: torch.device,
 ) -> PackedBounds | None:  # fmt: skip
-    """The bounds of the sequences that `mask_function` keeps apart; None where they are no causal packed row."""
+    """The bounds of the sequences that `mask_function` keeps apart; None where they are no causal packed row.
+
+    What they share is `SHARED_PREFIX`, of which no mask function knows.
+    """
     whole = batch_size == 1 and q_length == kv_length and int(q_offset) == 0 and attention_mask is None
     if not whole or q_length < 2:
         return None
@@ -121,7 +170,7 @@ def packed_bounds(
     if torch.as_tensor(sees_next).any():
         return None
     cuts = [0, *((~sees_previous).nonzero().flatten() + 1).tolist(), q_length]
-    return PackedBounds([stop - start for start, stop in pairwise(cuts)], device)
+    return PackedBounds([stop - start for start, stop in pairwise(cuts)], device, SHARED_PREFIX.get())
 
 
 def varlen_mask(
@@ -134,6 +183,8 @@ def varlen_mask(
     bounds = packed_bounds(batch_size, q_length, kv_length, q_offset, mask_function, attention_mask, device)
     if bounds is not None:
         return bounds
+    if SHARED_PREFIX.get():
+        raise ValueError("only the sequences of one packed causal row can share their first tokens")
     return sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function=mask_function,
         attention_mask=attention_mask, device=device, **options,
@@ -169,44 +220,46 @@ def varlen_attention(
             raise ValueError(f"{NAME} attention has no {name}: use another --attention")
     bounds, dtype = attention_mask, value.dtype
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # (N, H, d)
-    if sliding_window is not None and sliding_window >= max(bounds.lengths):
+    if sliding_window is not None and sliding_window >= bounds.longest:
         sliding_window = None
     flash = _flash_attention() if q.is_cuda and dtype in (torch.float16, torch.bfloat16) and not dropout else None
-    if flash is not None and q.shape[-1] == v.shape[-1] <= 256:
+    if flash is not None and not bounds.prefix and q.shape[-1] == v.shape[-1] <= 256:
         return flash(q, k, v, bounds, scaling, sliding_window)[None], None
     outputs = []
-    sizes = [B * T for B, T in bounds.groups]
-    grouped = (_TakeRows.apply(x, bounds.rows, bounds.back, None).split(sizes) for x in (q, k, v))
-    for (B, T), *rows in zip(bounds.groups, *grouped, strict=True):
+    sizes = [group.size * group.tokens for group in bounds.groups]
+    grouped = (_TakeRows.apply(x, bounds.rows, bounds.inverse, bounds.copies, None).split(sizes) for x in (q, k, v))
+    for (B, T, behind), *rows in zip(bounds.groups, *grouped, strict=True):
         some_q, some_k, some_v = (x.view(B, T, *x.shape[1:]).transpose(1, 2) for x in rows)
         if T <= WRITTEN_OUT and not q.is_cuda and not dropout:
-            out = _written_out(some_q, some_k, some_v, scaling, sliding_window)
+            out = _written_out(some_q[:, :, behind:], some_k, some_v, scaling, sliding_window)
         else:
             out = F.scaled_dot_product_attention(
                 some_q, some_k, some_v,
-                attn_mask=None if sliding_window is None else _window(T, sliding_window, q.device),
+                attn_mask=None if sliding_window is None else _window(T, T, sliding_window, q.device),
                 dropout_p=dropout, is_causal=sliding_window is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1],
-            )  # fmt: skip
-        outputs.append(out.transpose(1, 2).reshape(B * T, *out.shape[1:2], -1))
+            )[:, :, behind:]  # fmt: skip
+        outputs.append(out.transpose(1, 2).reshape(B * (T - behind), *out.shape[1:2], -1))
     padded = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return _TakeRows.apply(padded, bounds.back, bounds.rows, bounds.own)[None], None
+    return _TakeRows.apply(padded, bounds.back, bounds.out_rows, None, bounds.own)[None], None
 
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
-    """(B, H, T, d) attention whose (T, T) scores exist; heads that share a key are rows of one product."""
-    B, H, T, d = q.shape
-    shared = k.shape[1]
-    rows = q.reshape(B, shared, H // shared * T, d) * (d**-0.5 if scale is None else scale)
-    scores = (rows @ k.transpose(-1, -2)).view(B, H, T, T)
-    visible = _window(T, T if window is None else window, q.device)
+    """(B, H, Q, d) attention of the last Q of T tokens, whose (Q, T) scores exist; heads that share a key are rows of
+    one product.
+    """
+    B, H, Q, d = q.shape
+    shared, T = k.shape[1:3]
+    rows = q.reshape(B, shared, H // shared * Q, d) * (d**-0.5 if scale is None else scale)
+    scores = (rows @ k.transpose(-1, -2)).view(B, H, Q, T)
+    visible = _window(Q, T, T if window is None else window, q.device)
     scores = scores.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(~visible, -torch.inf)
     weights = torch.softmax(scores, dim=-1).to(v.dtype)
-    return (weights.view(B, shared, H // shared * T, T) @ v).view(B, H, T, -1)
+    return (weights.view(B, shared, H // shared * Q, T) @ v).view(B, H, Q, -1)
 
 
-def _window(T: int, size: int, device: torch.device) -> Tensor:
-    """(T, T) bool: True where a row attends to a column."""
-    distance = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)[None]
+def _window(Q: int, T: int, size: int, device: torch.device) -> Tensor:
+    """(Q, T) bool: True where one of the last Q of T rows attends to a column."""
+    distance = torch.arange(T - Q, T, device=device)[:, None] - torch.arange(T, device=device)[None]
     return (distance >= 0) & (distance < size)
 
 
@@ -234,8 +287,9 @@ def _flash_attention() -> Callable[..., Tensor] | None:
                 options["enable_gqa"] = True
             else:
                 k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        longest = max(bounds.lengths)
-        out: Any = varlen_attn(q, k, v, bounds.cu_seqlens, bounds.cu_seqlens, longest, longest, **options)
+        out: Any = varlen_attn(
+            q, k, v, bounds.cu_seqlens, bounds.cu_seqlens, bounds.longest, bounds.longest, **options
+        )  # fmt: skip
         return out
 
     return run

@@ -7,7 +7,7 @@ sequences of a step are the same on any number of ranks.
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, takewhile
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +18,9 @@ from simnpo.data import IGNORE_INDEX, Example
 
 # of forget examples, in a batch: left out, after the retain sequences, or in their place
 Alternates = Literal["none", "beside", "instead"]
+
+# share of a row's tokens that a shared prefix has to save
+WORTH_SHARING = 0.05
 
 FORGET_ORDER, RETAIN_DRAW, TORCH_SEED = range(3)  # separate random streams of one seed
 
@@ -40,6 +43,9 @@ class Batch:
         ref_token_logps: as targets, the reference policy's, 0 where ignored and for all but forget sequences; None
             unless the objective needs it.
         alternates: (B,) int64, where the alternate of each forget sequence is, -1 for the others; likewise.
+        shared_prefix: tokens that every sequence begins with and that stand once, at the beginning of the packed row:
+            the sequences but the first leave them out, and their position_ids start after them. No target is predicted
+            from them.
     """
 
     input_ids: Tensor
@@ -54,8 +60,9 @@ class Batch:
     num_inputs: tuple[int, ...]
     ref_token_logps: Tensor | None = None
     alternates: Tensor | None = None
+    shared_prefix: int = 0
 
-    def inputs(self) -> dict[str, Tensor | None]:
+    def inputs(self) -> dict[str, Any]:
         """What an attached model takes of it, beside what the objective needs."""
         return {
             "input_ids": self.input_ids,
@@ -63,6 +70,7 @@ class Batch:
             "attention_mask": self.attention_mask,
             "shift_labels": self.targets,
             "cu_seqlens": self.cu_seqlens,
+            "shared_prefix": self.shared_prefix or None,
         }
 
     def for_objective(self) -> dict[str, Tensor | None]:
@@ -85,6 +93,7 @@ def collate(
     ref_logps: dict[str, float] | None = None,
     ref_token_logps: dict[str, list[float]] | None = None,
     alternates: Alternates = "none",
+    share_prefix: bool = False,
 ) -> Batch:
     """Puts forget and retain sequences into one batch, packed or padded.
 
@@ -95,6 +104,8 @@ def collate(
         ref_logps: log-probability of each forget example and alternate under the reference policy, nats, by id.
         ref_token_logps: of each of a forget example's targets, 0 where ignored, by id.
         alternates: whether those of the forget examples stand beside them, at the end of the batch, or instead of them.
+        share_prefix: what all sequences of a packed row begin with, a system prompt, stands in it once, if that makes
+            the row shorter by a twentieth.
 
     Raises:
         ValueError: there is no sequence at all, or a document in pieces is to be padded.
@@ -115,6 +126,10 @@ def collate(
         columns["ref_token_logps"] = [ref_token_logps[example.id] for example in forget] + [
             [0.0] * len(example.input_ids) for example in (*retain, *others)
         ]
+    prefix = _shared_prefix(examples) if packed and share_prefix else 0
+    if prefix:
+        for name, (first, *rest) in columns.items():
+            columns[name] = [first, *(row[prefix:] for row in rest)]
     if packed:
         tensors = {name: torch.tensor([list(chain.from_iterable(rows))]) for name, rows in columns.items()}
     else:
@@ -127,7 +142,9 @@ def collate(
         targets=tensors["targets"],
         retain_mask=torch.tensor([False] * len(forget) + [True] * len(retain) + [False] * len(others)),
         attention_mask=tensors.get("attention_mask"),
-        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32) if packed else None,
+        cu_seqlens=torch.tensor([0, *np.cumsum([len(row) for row in columns["targets"]])], dtype=torch.int32)
+        if packed
+        else None,
         ref_logps=None
         if ref_logps is None
         else torch.tensor(
@@ -138,7 +155,22 @@ def collate(
         ids=tuple(example.id for example in examples),
         num_targets=tuple(example.num_targets for example in examples),
         num_inputs=tuple(lengths),
+        shared_prefix=prefix,
     )
+
+
+def _shared_prefix(examples: Sequence[Example]) -> int:
+    """Tokens that all examples begin with, none of them the last before a target; 0 where it is not worth it."""
+    if any(len(example.piece_lengths) > 1 for example in examples):
+        return 0
+    before_targets = [
+        next((t for t, label in enumerate(example.labels) if label != IGNORE_INDEX), len(example.labels)) - 1
+        for example in examples
+    ]
+    alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*(example.input_ids for example in examples)))
+    prefix = min(sum(1 for _ in alike), *before_targets)
+    saved, tokens = prefix * (len(examples) - 1), sum(len(example.input_ids) for example in examples)
+    return prefix if saved >= WORTH_SHARING * tokens else 0
 
 
 def _position_ids(example: Example, packed: bool) -> list[int]:

@@ -86,6 +86,11 @@ class UnlearnConfig:
         "Put sequences one after another instead of padding them. auto: if the model keeps them apart (measured).",
         default="auto",
     )
+    share_prefix: Literal["auto", "off"] = _option(
+        "Compute once what all packed sequences of a forward begin with (a system prompt). auto: if the model can "
+        "(measured) and a twentieth of the tokens or more is saved.",
+        default="auto",
+    )
     stride: int | None = _option(
         "Split what is longer than max_length into pieces that start every `stride` tokens, each token a target once, "
         "instead of cutting it off.",

@@ -2,6 +2,8 @@
 
 import importlib.util
 import logging
+from contextvars import ContextVar
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +34,8 @@ LOGIT_FACTORS = {
     "logits_scaling": True,  # Granite
 }
 MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax",)
+# how many tokens at the beginning of a packed row all its sequences begin with, for the attention of a running forward
+SHARED_PREFIX: ContextVar[int] = ContextVar("SHARED_PREFIX", default=0)
 # what two ways of computing the same hidden states may differ by, relative, in the dtype of the arithmetic
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -229,7 +233,9 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     """
     body = body_of(causal_lm(model))
     assert body is not None, "output_layer refuses a model without a body"
-    output = body(
+    output = run_body(
+        body,
+        batch.shared_prefix,
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         attention_mask=batch.attention_mask,
@@ -237,6 +243,15 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     )
     hidden = last_hidden_state(body, output)
     return hidden if batch.cu_seqlens is None else hidden.squeeze(0)
+
+
+def run_body(body: nn.Module, shared_prefix: int, **inputs: Any) -> Any:
+    """The body's forward, of a row whose sequences share their first tokens: see `simnpo.batch.Batch`."""
+    token = SHARED_PREFIX.set(shared_prefix)
+    try:
+        return body(**inputs)
+    finally:
+        SHARED_PREFIX.reset(token)
 
 
 def last_hidden_state(body: nn.Module, output: Any) -> Tensor:
@@ -290,6 +305,27 @@ def keeps_sequences_apart(model: nn.Module) -> bool:
         return False
     expected = hidden_states(model, alone)[0]
     return same_hidden_states(model, behind, expected)
+
+
+@torch.no_grad()
+def shares_prefix(model: nn.Module) -> bool:
+    """Measures whether sequences that begin alike get the hidden states they get alone when that is computed once."""
+    alone = probe(model, [12])
+    first, shared = alone.input_ids[0], 5
+    others = first[shared:].flip(0)
+    ids = torch.cat([first[:9], others, first[shared:]])[None]
+    positions = [*range(9), *range(shared, 12), *range(shared, 12)]
+    packed = replace(
+        alone, input_ids=ids, position_ids=ids.new_tensor([positions]), targets=ids, attention_mask=None,
+        cu_seqlens=torch.tensor([0, 9, 16, 23], dtype=torch.int32), shared_prefix=shared,
+    )  # fmt: skip
+    try:
+        hidden = hidden_states(model, packed)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        logger.info("a forward with a shared prefix fails: %s", error)
+        return False
+    expected = hidden_states(model, alone)[0]
+    return same_hidden_states(model, torch.cat([hidden[:9], hidden[16:]]), torch.cat([expected[:9], expected[shared:]]))
 
 
 def same_hidden_states(model: nn.Module, ours: Tensor, expected: Tensor) -> bool:

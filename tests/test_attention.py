@@ -76,10 +76,11 @@ def test_padded_batches_and_generation_are_as_with_sdpa():
 
 def test_groups_cover_every_row_once():
     bounds = PackedBounds(LENGTHS, torch.device("cpu"))
-    assert bounds.groups == [(2, 40), (3, 7), (1, 2), (1, 1)]
-    assert bounds.rows[bounds.back].equal(torch.arange(sum(LENGTHS)))
+    assert bounds.groups == [(2, 40, 0), (3, 7, 0), (1, 2, 0), (1, 1, 0)]
+    every = torch.arange(sum(LENGTHS))
+    assert bounds.rows[bounds.inverse].equal(every) and bounds.out_rows[bounds.back].equal(every)
     assert bounds.own.sum() == sum(LENGTHS)
-    assert bounds.rows[bounds.own].sort().values.equal(torch.arange(sum(LENGTHS)))
+    assert bounds.out_rows[bounds.own].sort().values.equal(every)
 
 
 def test_bounds_are_read_off_the_mask_function():
@@ -92,7 +93,7 @@ def test_bounds_are_read_off_the_mask_function():
         return q >= 0
 
     device = torch.device("cpu")
-    assert packed_bounds(1, 6, 6, 0, mask_function, None, device).lengths == [3, 1, 2]
+    assert packed_bounds(1, 6, 6, 0, mask_function, None, device).cu_seqlens.tolist() == [0, 3, 4, 6]
     assert packed_bounds(1, 6, 6, 0, bidirectional, None, device) is None
     assert packed_bounds(2, 6, 6, 0, mask_function, None, device) is None
     assert packed_bounds(1, 6, 9, 3, mask_function, None, device) is None

@@ -17,7 +17,7 @@ from simnpo.data import Example, load_examples, warn_about_overlap
 from simnpo.errors import UserError
 from simnpo.memory.checkpoints import checkpoint_layers
 from simnpo.memory.tiled_mlp import tile_mlps
-from simnpo.model import add_lora, causal_lm, keeps_sequences_apart, load_weights
+from simnpo.model import add_lora, causal_lm, keeps_sequences_apart, load_weights, shares_prefix
 from simnpo.pieces import separate, split
 from simnpo.training.checkpoint import checkpoints, keep_newest, read_state
 from simnpo.training.disk import remove_leftovers, write_json
@@ -139,24 +139,26 @@ def check_tokens(model: nn.Module, examples: list[Example]) -> None:
 
 
 def make_collator(config: UnlearnConfig, model: nn.Module, tokenizer: Any, device: torch.device) -> Collator:
-    """Packs where the model keeps packed sequences apart.
+    """Packs where the model keeps packed sequences apart, with what they all begin with once where it can share that.
 
     Raises:
         UserError: `packing` is "on" and the model does not.
     """
-    packed = config.packing != "off"
+    packed, share = config.packing != "off", False
     if packed:
         model.eval()
         with autocast(config, device):
             if config.attention is None:
                 use_packed_attention(model)
             packed = keeps_sequences_apart(model)
+            share = packed and config.share_prefix == "auto" and shares_prefix(model)
         if not packed:
             name = f"{type(causal_lm(model)).__name__} mixes sequences that are packed into one row"
             if config.packing == "on":
                 raise UserError(f"packing: {name}; use --packing auto or off, or another --attention")
             logger.warning("padding instead of packing: %s", name)
-    return Collator(packed, tokenizer.pad_token_id, device, ref_logps=None, alternates=config.alternates())
+    alternates = config.alternates()
+    return Collator(packed, tokenizer.pad_token_id, device, None, alternates=alternates, share_prefix=share)
 
 
 def check_pieces(packed: bool, forget: list[Example]) -> None:

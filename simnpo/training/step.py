@@ -38,6 +38,7 @@ class Collator(NamedTuple):
     ref_token_logps: dict[str, list[float]] | None = None
     alternates: Alternates = "none"
     logits_dtype: torch.dtype | None = None  # of the loss; None: that of the arithmetic
+    share_prefix: bool = False
 
     def __call__(self, forget: Sequence[Example], retain: Sequence[Example]) -> Batch:
         options = {name: value for name, value in self._asdict().items() if name not in ("device", "logits_dtype")}
@@ -156,7 +157,8 @@ def token_logps(
     """
     was_training = model.training
     model.eval()
-    plain, rows = collator.without_objective(), []
+    # a row for each token of each example
+    plain, rows = collator.without_objective()._replace(share_prefix=False), []
     for some in batches:
         batch = plain(some, [])
         with autocast(config, collator.device):
