@@ -21,10 +21,11 @@ if not torch.cuda.is_available():  # before triton is imported: the kernels then
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from simnpo import linear_unlearn_loss
-from simnpo.benchmarks.measure import environment, relative_error, time_interleaved
+from simnpo.benchmarks.measure import command_line, environment, relative_error, time_interleaved
 from simnpo.benchmarks.operands import FORGET_COEF, OBJECTIVE, RETAIN_COEF, SHAPES, Batch, Shape, exact, make_batch
 from simnpo.benchmarks.report import markdown_facts, markdown_table
 from simnpo.benchmarks.rivals import BUDGET, flat_logps, ours, simnpo_of
+from simnpo.errors import UserError, exit_status
 from simnpo.kernels.gemm import add_mm_
 from simnpo.kernels.head import LogitTransform
 from simnpo.kernels.linear_logps import RowStats
@@ -195,19 +196,22 @@ def _name(dtype: torch.dtype) -> str:
 STAGES = {"numerics": numerics, "products": products, "kernels": kernels, "profile": profile}
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("campaign", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu"))
     parser.add_argument("--dry", action="store_true", help="on the CPU, tiny: not a measurement")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def measure(options: argparse.Namespace, command: str) -> int:
+    """Asks and prints what the command line names."""
     on_gpu = torch.cuda.is_available() and not options.dry
     if not on_gpu and not options.dry and options.stage != "numerics":
-        parser.error("no CUDA device here: these are questions to a GPU; --dry tries the script on the CPU")
+        raise UserError("no CUDA device here: these are questions to a GPU; --dry tries the script on the CPU")
     device = torch.device("cuda" if on_gpu else "cpu")
     columns, lines = STAGES[options.stage](device, options.dry)
-    arguments = " ".join(sys.argv[1:] if argv is None else argv)
-    facts = environment(device, torch.bfloat16, f"python -m simnpo.benchmarks.campaign {arguments}")
+    facts = environment(device, torch.bfloat16, command)
     del facts["dtype"]
     title = f"{options.stage}{' (dry run, not a measurement)' if options.dry else ''}"
     about = STAGES[options.stage].__doc__
@@ -219,6 +223,12 @@ def main(argv: list[str] | None = None) -> int:
     (options.output / f"{options.stage}.json").write_text(json.dumps(data, indent=0) + "\n")
     print(table)
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, 2 wrong input."""
+    options = parse(argv)
+    return exit_status(lambda: measure(options, command_line("campaign", argv)))
 
 
 if __name__ == "__main__":

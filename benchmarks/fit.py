@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from simnpo.benchmarks.measure import environment, peak_memory, resident_mib
+from simnpo.benchmarks.measure import command_line, environment, peak_memory, resident_mib
 from simnpo.benchmarks.report import markdown_facts, markdown_table
 from simnpo.benchmarks.throughput.cases import configuration, limit_gpu_memory
 from simnpo.benchmarks.throughput.loops import OPEN_UNLEARNING, Loop
@@ -32,7 +32,7 @@ from simnpo.benchmarks.throughput.subject import make_subject, prepare, steps_of
 from simnpo.benchmarks.throughput.timing import OURS
 from simnpo.benchmarks.throughput.workload import documents
 from simnpo.config import UnlearnConfig
-from simnpo.errors import UserError
+from simnpo.errors import UserError, exit_status
 
 PAD_TOKEN_ID = 0
 SHORTEST = 1024  # T the usual loop starts with
@@ -146,20 +146,22 @@ def cells(row: dict[str, Any]) -> list[str]:
             row["note"]]  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, 1 a budget of ours is not kept, 2 wrong input."""
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m simnpo.benchmarks.fit", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("budgets", nargs="+", choices=BUDGETS)
     parser.add_argument("--models", type=Path, help="folder that keeps random models (default: a temporary one)")
     parser.add_argument("--output", type=Path, default=Path("bench-results"))
     parser.add_argument("--name", default="fit", help="of the files in --output")
     parser.add_argument("--dry", action="store_true", help="on the CPU, tiny: not a measurement")
-    options = parser.parse_args(argv)
-    device = torch.device("cpu" if options.dry else "cuda")
+    return parser.parse_args(argv)
+
+
+def measure(options: argparse.Namespace, command: str) -> int:
+    """Measures and prints the budgets of the command line; 1 where ours does not keep one."""
     if not options.dry and not torch.cuda.is_available():
-        parser.error("no CUDA device here: a budget is a GPU's; --dry tries the script on the CPU")
-    arguments = " ".join(sys.argv[1:] if argv is None else argv)
-    facts = environment(device, torch.bfloat16, f"python -m simnpo.benchmarks.fit {arguments}")
+        raise UserError("no CUDA device here: a budget is a GPU's; --dry tries the script on the CPU")
+    device = torch.device("cpu" if options.dry else "cuda")
+    facts = environment(device, torch.bfloat16, command)
     rows: list[dict[str, Any]] = []
     title = f"# Benchmark: {options.name}{' (dry run, not a measurement)' if options.dry else ''}\n"
     options.output.mkdir(parents=True, exist_ok=True)
@@ -167,19 +169,19 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         for name in options.budgets:
             budget = dry(BUDGETS[name]) if options.dry else BUDGETS[name]
-            try:
-                rows += measure_budget(name, budget, options.models or Path(temporary), device)
-            except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
-                return 2
+            rows += measure_budget(name, budget, options.models or Path(temporary), device)
             table = markdown_table(COLUMNS, map(cells, rows))
             parts = [title, (__doc__ or "").split("\n\n")[2] + "\n", markdown_facts(facts), table]
             path.write_text("\n".join(parts), encoding="utf-8")
             path.with_suffix(".json").write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
     print(path.read_text(encoding="utf-8"))
-    return int(
-        any(row["status"] != "ok" or row["peak_mib"] > row["limit_mib"] for row in rows if row["loop"] == "simnpo")
-    )
+    return int(not all(fits(row) for row in rows if row["loop"] == OURS))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, 1 a budget of ours is not kept, 2 wrong input."""
+    options = parse(argv)
+    return exit_status(lambda: measure(options, command_line("fit", argv)))
 
 
 if __name__ == "__main__":

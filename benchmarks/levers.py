@@ -20,14 +20,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from simnpo.benchmarks.measure import environment
+from simnpo.benchmarks.measure import command_line, environment
 from simnpo.benchmarks.report import markdown_facts, markdown_table
 from simnpo.benchmarks.throughput.cases import Case, add_arguments, cases, check
 from simnpo.benchmarks.throughput.memory import Outcome, in_fresh_process, outcome_of, step_peak
 from simnpo.benchmarks.throughput.subject import make_subject
 from simnpo.benchmarks.throughput.timing import time_steps
 from simnpo.benchmarks.throughput.workload import Workload, every_row_a_target
-from simnpo.errors import RunError, UserError
+from simnpo.errors import UserError, exit_status
 
 PLAIN = "plain: packed, response rows only, float32 weights, AdamW"
 COLUMNS = ("lever", "peak MiB", "x plain's", "step ms", "quartiles", "x plain's", "")
@@ -159,8 +159,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def measure(options: argparse.Namespace, command: str) -> Path:
-    """Everything the command line asks for; returns the Markdown file."""
+def measure(options: argparse.Namespace, command: str) -> int:
+    """Measures and prints everything the command line asks for."""
     options.device = check(options, {"batch_size": 1, "tile_tokens": 1, "chunk_tokens": 1, "rounds": 0})
     facts = environment(options.device, torch.bfloat16, command)
     wanted = [
@@ -177,22 +177,14 @@ def measure(options: argparse.Namespace, command: str) -> Path:
                     rows.append(measure_lever(lever, case, work, options))
                     # after each lever: what is measured is not lost to the next one
                     path = write_results(tables, facts, options)
-    return path
+    print(path.read_text(encoding="utf-8"))
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, 1 a disk is full, 2 wrong input."""
     options = parse(argv)
-    arguments = " ".join(sys.argv[1:] if argv is None else argv)
-    try:
-        print(measure(options, f"python -m simnpo.benchmarks.levers {arguments}").read_text(encoding="utf-8"))
-    except (UserError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: measure(options, command_line("levers", argv)))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import platform
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -178,6 +179,11 @@ def environment(device: torch.device, dtype: torch.dtype, command: str) -> dict[
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
         "command": command,
     }
+
+
+def command_line(module: str, argv: list[str] | None) -> str:
+    """What a result file names as its command: a module of the benchmarks and `argv`, or this process's arguments."""
+    return " ".join([f"python -m simnpo.benchmarks.{module}", *(sys.argv[1:] if argv is None else argv)])
 
 
 def _cpu_name() -> str:

@@ -5,11 +5,12 @@ import importlib
 import logging
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from simnpo.errors import RunError, UserError
+from simnpo.errors import exit_status
 
 if TYPE_CHECKING:
     from simnpo.config import UnlearnConfig
@@ -48,19 +49,16 @@ def main(argv: list[str] | None = None) -> int:
     arguments, options = parser.parse_known_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
-        if arguments.command == "unlearn":
-            return unlearn(options)
-        return importlib.import_module(MODULES[arguments.command]).main(options)
-    except (UserError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return exit_status(lambda: command_main(arguments.command)(options))
     except KeyboardInterrupt:
         hint = ": the same command with --resume continues from the newest checkpoint"
         print(f"interrupted{hint if arguments.command == 'unlearn' else ''}", file=sys.stderr)
         return 130
+
+
+def command_main(command: str) -> Callable[[list[str]], int]:
+    """What runs a command; imports its module."""
+    return unlearn if command == "unlearn" else importlib.import_module(MODULES[command]).main
 
 
 class ListMethods(argparse.Action):

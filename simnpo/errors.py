@@ -1,4 +1,7 @@
-"""What can go wrong in a run, by whose doing."""
+"""What can go wrong in a run, by whose doing, and what a command makes of it."""
+
+import sys
+from collections.abc import Callable
 
 
 class UserError(ValueError):
@@ -7,3 +10,15 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """A run that had to stop; the message names the step and what is left on disk."""
+
+
+def exit_status(work: Callable[[], int]) -> int:
+    """What `work` returns; where it raises, says why and returns 2 for wrong input, 1 for a run that had to stop."""
+    try:
+        return work()
+    except (UserError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1

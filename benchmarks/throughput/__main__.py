@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from simnpo.benchmarks.measure import environment
+from simnpo.benchmarks.measure import command_line, environment
 from simnpo.benchmarks.throughput.agreement import require_agreement
 from simnpo.benchmarks.throughput.cases import Case, add_arguments, cases, check
 from simnpo.benchmarks.throughput.loops import LOOPS, Loop
@@ -30,7 +30,7 @@ from simnpo.benchmarks.throughput.tables import KINDS, Row, write_results
 from simnpo.benchmarks.throughput.timing import OURS, npo_over_simnpo, our_run, their_run, time_steps
 from simnpo.benchmarks.throughput.workload import MAX_LENGTH, Workload
 from simnpo.config import UnlearnConfig
-from simnpo.errors import RunError, UserError
+from simnpo.errors import exit_status
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -161,11 +161,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def measure(options: argparse.Namespace, command: str) -> list[Path]:
-    """Everything the command line asks for; returns the files written."""
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the configuration that the command line sets."""
+    names = ("method", "epochs", "precision", "weights", "lora", "gradient_checkpointing")
+    return {"batch_size": options.batch_size[0], **{name: getattr(options, name) for name in names}}
+
+
+def measure(options: argparse.Namespace, command: str) -> int:
+    """Measures and prints everything the command line asks for."""
     device = check(options, {"rounds": 0, "npo_rounds": 0, "rival_steps": 1})
-    changes = {name: getattr(options, name) for name in ("method", "epochs", "precision", "weights", "lora")}
-    changes |= {"batch_size": options.batch_size[0], "gradient_checkpointing": options.gradient_checkpointing}
     facts = environment(device, DTYPES[options.precision], command)
     facts["dtype"] += " arithmetic, " + (
         "bfloat16 body, float32 adapters" if options.lora else f"{options.weights} weights"
@@ -173,28 +177,19 @@ def measure(options: argparse.Namespace, command: str) -> list[Path]:
     deadline = time.monotonic() + 60 * options.minutes
     results: dict[str, list[Row]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as temporary:
-        for case in cases(options, options.models or Path(temporary), device, **changes):
+        for case in cases(options, options.models or Path(temporary), device, **settings(options)):
             for kind, rows in measure_case(case, options, deadline).items():
                 results[kind] += rows
             # after each model: what is measured is not lost to the next one
             written = write_results(results, facts, options.output, options.name, device.type)
-    return written
+    print(written[0].read_text(encoding="utf-8"))
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, 1 the loops disagree, 2 wrong input."""
     options = parse(argv)
-    arguments = " ".join(sys.argv[1:] if argv is None else argv)
-    try:
-        written = measure(options, f"python -m simnpo.benchmarks.throughput {arguments}")
-    except (UserError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(written[0].read_text(encoding="utf-8"))
-    return 0
+    return exit_status(lambda: measure(options, command_line("throughput", argv)))
 
 
 if __name__ == "__main__":

@@ -11,24 +11,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from simnpo.model import DTYPE
 from simnpo.training.disk import whole_folder
 
+FIELDS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("vocab_size", "tie_word_embeddings"),
+)
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True,
-    },
-    "smollm2-135m": {
-        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-        "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
-    },
-    "llama-3.2-1b": {
-        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True,
-    },
-    "llama-3.1-8b": {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
-    },
-}  # fmt: skip
+    name: dict(zip(FIELDS, values, strict=True))
+    for name, values in {
+        "tiny": (64, 128, 2, 4, 2, 512, True),
+        "smollm2-135m": (576, 1536, 30, 9, 3, 49152, True),
+        "llama-3.2-1b": (2048, 8192, 16, 32, 8, 128256, True),
+        "llama-3.1-8b": (4096, 14336, 32, 32, 8, 128256, False),
+    }.items()
+}
 
 
 def random_model(shape: str, folder: Path, device: torch.device) -> str:
