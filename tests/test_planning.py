@@ -35,6 +35,8 @@ CONFIGS = {
     "qwen2": Qwen2Config(**SIZES),
     "gemma": GemmaConfig(**SIZES, head_dim=16),
 }
+# for what only asks for many predictions: a simulation takes as long as its layers, of more than five it takes nine
+SHALLOW = LlamaConfig(**SIZES | {"num_hidden_layers": 2}, tie_word_embeddings=False)
 FORGET, RETAIN = examples("forget", [100, 200, 150, 120], V), examples("retain", [180, 100, 90, 160], V)
 NONE_OF_IT = {"gradient_checkpointing": True, "gradient_release": True, "max_grad_norm": 0.0}
 # model, configuration, whether sequences are packed
@@ -187,7 +189,7 @@ def test_offloaded_checkpoints_are_in_the_host() -> None:
 
 
 def test_the_fastest_that_fits_and_nothing_when_nothing_is_needed() -> None:
-    shape, config = ModelShape(CONFIGS["untied"]), run_config("m", batch_size=8)
+    shape, config = ModelShape(SHALLOW), run_config("m", batch_size=8)
     workload = Workload(Sequences.equal(8, 512, is_retain=False), Sequences.equal(8, 512, is_retain=True))
     roomy = choose(shape, config, workload, machine(8, on_gpu=True), packed=True)
     assert roomy.best is not None
@@ -207,7 +209,7 @@ def test_the_fastest_that_fits_and_nothing_when_nothing_is_needed() -> None:
 
 
 def test_what_the_user_set_stays() -> None:
-    shape = ModelShape(CONFIGS["untied"])
+    shape = ModelShape(SHALLOW)
     config = run_config("m", batch_size=8, gradient_accumulation_steps=2, optimizer="adafactor", chunk_tokens=500)
     workload = Workload(Sequences.equal(8, 512, is_retain=False), Sequences.equal(8, 512, is_retain=True))
     for one in choose(shape, config, workload, with_budget(1e6), packed=True).tried:
@@ -216,8 +218,9 @@ def test_what_the_user_set_stays() -> None:
         assert one.config.chunk_tokens == 500
 
 
-def test_auto_chooses_and_resumes_with_its_choice(folders: dict[str, str], tmp_path: Path) -> None:
-    config = replace(run_config(folders["untied"]), auto=True, output=str(tmp_path))
+def test_auto_chooses_and_resumes_with_its_choice(tmp_path: Path) -> None:
+    SHALLOW.save_pretrained(tmp_path / "model")
+    config = replace(run_config(str(tmp_path / "model")), auto=True, output=str(tmp_path))
     assert choose_levers(config, FORGET, RETAIN, machine(8, on_gpu=True)) == replace(config, auto=False)
     plain = predict(
         ModelShape(read_config(config.model)), config, largest_step(config, FORGET, RETAIN), machine(8, on_gpu=True)
@@ -261,7 +264,7 @@ def test_memory_is_read_in_either_unit() -> None:
 
 
 def test_command_prints_what_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    CONFIGS["untied"].save_pretrained(tmp_path)
+    SHALLOW.save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     rates = ["--gemm-tflops", "1", "--bandwidth-gbs", "10", "--host-gbs", "10"]
     options = ["plan", "--model", str(tmp_path / "config.json"), "--context", "256", "--batch", "4", *rates]
@@ -298,7 +301,7 @@ def test_command_line_names_every_field_that_is_not_at_its_default() -> None:
 def test_bad_input_is_named(
     options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    CONFIGS["untied"].save_pretrained(tmp_path)
+    SHALLOW.save_pretrained(tmp_path)
     options = [str(tmp_path / "config.json") if option == "CONFIG" else option for option in options]
     assert main(["plan", *options]) == 2
     assert message in capsys.readouterr().err
