@@ -102,6 +102,34 @@ def test_measures_are_those_of_the_models_own_logits(taught):
     assert found.rouge_l_recall.tolist() == rouge_l_recall([e.response for e in questions.answers], found.written)
 
 
+def test_answers_begun_with_what_scoring_knows_are_those_written_token_by_token(taught, monkeypatch):
+    rows = [(f"f:{i}", question(i)) for i in range(5)]
+    rows.append(("f:5", question(5) | {"answer": "Zed."}))
+    questions = encode_questions(rows, taught.tokenizer, 200)
+    prompts = [example.prompt_ids for example in questions.answers]
+    plain = taught.answer(prompts, 12)
+    known = []
+    answer = Subject.answer
+
+    def listened(self, *arguments, begun=None):
+        known.extend(begun)
+        return answer(self, *arguments, begun=begun)
+
+    monkeypatch.setattr(Subject, "answer", listened)
+    found = measure(taught, {"all": questions}, write=("all",), max_new_tokens=12)["all"]
+    assert found.written == [text.strip() for text in plain]
+    for example, tokens in zip(questions.answers, known, strict=True):
+        _, hits = nlls_and_hits(taught, example)
+        assert len(tokens) == (len(hits) if all(hits) else hits.index(False))
+        assert example.input_ids[len(example.prompt_ids) :][: len(tokens)] == tokens
+    whole = [len(tokens) == example.num_targets for example, tokens in zip(questions.answers, known)]
+    assert len({*whole}) == 2
+    assert [] in known
+    monkeypatch.undo()
+    for room in (1, 3, 7):
+        assert taught.answer(prompts, room, begun=known) == taught.answer(prompts, room)
+
+
 def test_what_a_model_that_knows_everything_scores(subject):
     """Targets that greedy decoding writes are extracted whole, up to the token before the first miss."""
     example = encode_questions([("f:1", question(3))], subject.tokenizer, 200).answers[0]

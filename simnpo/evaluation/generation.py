@@ -25,15 +25,23 @@ def greedy_answers(
     return [text.strip() for text in texts]
 
 
-@torch.no_grad()
 def greedy_continuations(
     model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int
 ) -> list[str]:
-    """What the model writes after each prompt, special tokens left out.
+    """What the model writes after each prompt, special tokens left out; see `greedy_tokens`."""
+    written = greedy_tokens(model, tokenizer, prompts, max_new_tokens)
+    return tokenizer.batch_decode(written, skip_special_tokens=True)
+
+
+@torch.no_grad()
+def greedy_tokens(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int
+) -> list[list[int]]:
+    """The tokens that the model writes after each prompt.
 
     Args:
         prompts: token ids, none empty; they make one batch, padded on the left.
-        max_new_tokens: of a continuation; it ends before at an end-of-sequence token.
+        max_new_tokens: of a continuation; it ends before at an end-of-sequence token, and padding follows.
     """
     device, pad = next(model.parameters()).device, tokenizer.pad_token_id
     width = max(map(len, prompts))
@@ -46,7 +54,7 @@ def greedy_continuations(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=pad,
-        eos_token_id=sorted({*_listed(own.eos_token_id), *_listed(tokenizer.eos_token_id)}),
+        eos_token_id=sorted(end_tokens(model, tokenizer)),
     )
     try:
         output = lm.generate(
@@ -55,7 +63,13 @@ def greedy_continuations(
         )
     finally:
         lm.generation_config = own
-    return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    return output[:, width:].tolist()
+
+
+def end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
+    """The tokens after which an answer is over: the model's and the tokenizer's."""
+    lm: Any = causal_lm(model)
+    return {*_listed(lm.generation_config.eos_token_id), *_listed(tokenizer.eos_token_id)}
 
 
 def _listed(ids: int | list[int] | None) -> list[int]:

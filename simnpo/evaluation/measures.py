@@ -2,13 +2,14 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simnpo import metrics
-from simnpo.data import num_own_targets
+from simnpo.data import IGNORE_INDEX, Example, num_own_targets
 from simnpo.evaluation.questions import QuestionSet
 from simnpo.evaluation.subject import Subject, TargetScores
 
@@ -59,19 +60,40 @@ def measure(
     """
     sequences = [example for questions in sets.values() for example in questions.sequences()]
     scores = subject.score(sequences)
-    written = _written(subject, {name: sets[name] for name in sets if name in write}, max_new_tokens)
-    measures, start = {}, 0
+    scored, start = {}, 0
     for name, questions in sets.items():
         stop = start + len(questions.sequences())
-        measures[name] = _measures(questions, scores[start:stop], written.get(name), subject.tokenizer)
+        scored[name] = scores[start:stop]
         start = stop
-    return measures
+    written = _written(subject, {name: sets[name] for name in sets if name in write}, scored, max_new_tokens)
+    return {
+        name: _measures(questions, scored[name], written.get(name), subject.tokenizer)
+        for name, questions in sets.items()
+    }
 
 
-def _written(subject: Subject, sets: Mapping[str, QuestionSet], max_new_tokens: int) -> dict[str, list[str]]:
-    prompts = [example.prompt_ids for questions in sets.values() for example in questions.answers]
-    texts = iter(subject.answer(prompts, max_new_tokens))
+def _written(
+    subject: Subject, sets: Mapping[str, QuestionSet], scored: Mapping[str, list[TargetScores]], max_new_tokens: int
+) -> dict[str, list[str]]:
+    """What the model answers; where scoring has shown that it begins with the right answer, from there on."""
+    prompts, begun = [], []
+    for name, questions in sets.items():
+        for example, score in zip(questions.answers, questions.split(scored[name])[0]):
+            prompt = example.prompt_ids
+            prompts.append(prompt)
+            begun.append(_known(example, prompt, score))
+    texts = iter(subject.answer(prompts, max_new_tokens, begun=begun))
     return {name: [next(texts).strip() for _ in questions.answers] for name, questions in sets.items()}
+
+
+def _known(example: Example, prompt: list[int], score: TargetScores) -> list[int]:
+    """The tokens of the answer up to the first that greedy decoding would not write."""
+    if not prompt:
+        return []
+    answer = list(takewhile(lambda label: label != IGNORE_INDEX, example.labels[len(prompt) :]))
+    # a chat of several turns has targets before those of the last one
+    hits = score.is_greedy[-len(answer) :]
+    return answer[: len(hits) if hits.all() else int(hits.argmin())]
 
 
 def _measures(

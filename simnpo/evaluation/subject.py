@@ -13,13 +13,15 @@ from torch import nn
 
 from simnpo.batch import collate
 from simnpo.data import Example
-from simnpo.evaluation.generation import greedy_continuations
+from simnpo.evaluation.generation import end_tokens, greedy_tokens
 from simnpo.kernels.linear_target_stats import linear_target_stats
 from simnpo.model import hidden_states, load_model, output_head, verify_head
 from simnpo.training.setup import check_tokens
 
 # padded tokens of one forward, whatever the number of its sequences: long texts would not fit otherwise
 MAX_BATCH_TOKENS = 16_384
+# of one that is scored on a CPU: what stands between two products stays in its caches, which is a quarter faster
+CPU_BATCH_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Subject:
         device = next(self.model.parameters()).device
         head = output_head(self.model)
         scores: list[TargetScores | None] = [None] * len(examples)
-        for indices in self._batches([len(example.input_ids) for example in examples], label):
+        most = CPU_BATCH_TOKENS if device.type == "cpu" else MAX_BATCH_TOKENS
+        for indices in self._batches([len(example.input_ids) for example in examples], label, most):
             some = [examples[i] for i in indices]
             batch = collate(some, packed=False, pad_token_id=self.tokenizer.pad_token_id).to(device)
             stats = linear_target_stats(hidden_states(self.model, batch), head.weight, batch.targets, **head.options())
@@ -81,22 +84,37 @@ class Subject:
                 scores[i] = TargetScores(logp.numpy(), greedy.numpy())
         return scores  # type: ignore[return-value]
 
-    def answer(self, prompts: Sequence[list[int]], max_new_tokens: int, label: str = "answering") -> list[str]:
-        """What the model writes after each prompt, token ids in and text out, greedily."""
-        texts = [""] * len(prompts)
-        for indices in self._batches([len(prompt) + max_new_tokens for prompt in prompts], label):
-            some = [prompts[i] for i in indices]
-            written = greedy_continuations(self.model, self.tokenizer, some, max_new_tokens)
-            for i, text in zip(indices, written):
-                texts[i] = text
-        return texts
+    def answer(
+        self, prompts: Sequence[list[int]], max_new_tokens: int, label: str = "answering",
+        begun: Sequence[list[int]] | None = None,
+    ) -> list[str]:  # fmt: skip
+        """What the model writes after each prompt, token ids in and text out, greedily.
 
-    def _batches(self, lengths: Sequence[int], label: str) -> Iterator[list[int]]:
+        Args:
+            prompts: none empty.
+            max_new_tokens: of an answer, what is begun among them; it ends before at an end-of-sequence token.
+            label: of the bar.
+            begun: tokens with which each answer is known to begin: written one by one they would be the same, and take
+                far longer. None: nothing is known.
+        """
+        written = [[] for _ in prompts] if begun is None else [tokens[:max_new_tokens] for tokens in begun]
+        ends = end_tokens(self.model, self.tokenizer)
+        going_on = [i for i, tokens in enumerate(written) if len(tokens) < max_new_tokens and not ends & {*tokens}]
+        given = [prompts[i] + written[i] for i in going_on]
+        for indices in self._batches([len(tokens) + max_new_tokens for tokens in given], label, MAX_BATCH_TOKENS):
+            some = [going_on[k] for k in indices]
+            room = max_new_tokens - min(len(written[i]) for i in some)
+            new = greedy_tokens(self.model, self.tokenizer, [given[k] for k in indices], room)
+            for i, tokens in zip(some, new):
+                written[i] = (written[i] + tokens)[:max_new_tokens]
+        return [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
+
+    def _batches(self, lengths: Sequence[int], label: str, most: int) -> Iterator[list[int]]:
         """Indices of sequences of about the same length, the longest first: too little memory shows at once."""
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         batches: list[list[int]] = []
         for i in order:
-            fits = batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= MAX_BATCH_TOKENS
+            fits = batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= most
             if fits and len(batches[-1]) < self.batch_size:
                 batches[-1].append(i)
             else:
