@@ -3,7 +3,8 @@
 python -m simnpo.benchmarks.tofu.experiment --data TOFU --output tofu-forget01
 
 It is a reduced TOFU: of the 3960 answers to retain the model learns `--retain`, among them those that the retain set is
-scored on, and every set is scored on its first `--max-examples` questions. What has its results is not run again.
+scored on, and every set is scored on its first `--max-examples` questions. What has its results is not run again, and
+a run that was stopped goes on with the same command; settings.json says what was left out.
 
     learn forget + retain  ->  full       learn retain  ->  retrained
     full -> sweep over settings, one seed -> the best setting of each method, three seeds -> relearning, the first seed
@@ -26,7 +27,7 @@ from simnpo.sweep import command as sweep
 from simnpo.sweep.grid import read_trials
 from simnpo.training.disk import write_json, write_text
 
-LEARNING = {"epochs": 6, "batch_size": 8, "peak_rate": 1e-4}
+LEARNING = {"epochs": 5, "batch_size": 8, "peak_rate": 1e-4}
 # the same for every method; the published TOFU runs have 10 epochs at 1e-5 of a model 50 times as large
 UNLEARNING = ["--epochs", "4", "--batch_size", "8", "--learning_rate", "4e-5", "--save_steps", "0"]
 # ga with a retain term is GradDiff, dpo with its default alternate answer IdkDPO
@@ -34,8 +35,8 @@ GRIDS = (
     "method=simnpo beta=2.5,4.5 retain_coef=1.0 seed=0",
     "method=npo beta=0.05,0.1 retain_coef=1.0 seed=0",
     "method=ga forget_coef=0.01,0.03 retain_coef=1.0 seed=0",
-    "method=dpo beta=0.1 retain_coef=1.0 seed=0",
-    "method=wga forget_coef=1.0 beta=1.0 retain_coef=1.0 seed=0",
+    "method=dpo beta=0.05,0.1 retain_coef=1.0 seed=0",
+    "method=wga forget_coef=1.0 beta=0.5,1.0 retain_coef=1.0 seed=0",
 )
 SEEDS = (0, 1, 2)
 EVALUATED = ("forget01", "forget01_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
@@ -60,7 +61,24 @@ def reduced_data(source: Path, folder: Path, num_retain: int, num_scored: int) -
     write_text(folder / "retain.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def main() -> None:
+def keep_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Writes what the experiment is, or sees that the one in the folder is the same.
+
+    Raises:
+        UserError: the folder holds an experiment with other settings; names the first that differs.
+    """
+    if path.exists():
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name, value in settings.items() if saved.get(name) != value]
+        if changed:
+            was, now = saved.get(changed[0]), settings[changed[0]]
+            raise UserError(
+                f"{changed[0]} was {was!r} in {path.parent} and is {now!r} now: choose another --output, or remove it"
+            )
+    write_json(path, settings)
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("simnpo.benchmarks.tofu.experiment", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", required=True, type=Path, help="folder with TOFU's files")
     parser.add_argument("--output", required=True, type=Path)
@@ -70,8 +88,22 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--grids", nargs="+", default=GRIDS)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     output: Path = options.output
+    output.mkdir(parents=True, exist_ok=True)
+    keep_settings(
+        output / "settings.json",
+        {
+            "model": options.model,
+            "retain_answers": options.retain,
+            "questions_of_a_set": options.max_examples,
+            "new_tokens": options.max_new_tokens,
+            "learning": LEARNING,
+            "unlearning": UNLEARNING,
+            "grids": list(options.grids),
+            "seeds": list(options.seeds),
+        },
+    )
     data = output / "data"
     reduced_data(options.data, data, options.retain, options.max_examples)
     learned = {"full": ["forget01", "retain"], "retrained": ["retain"]}
@@ -100,7 +132,6 @@ def main() -> None:
     }
     if not (output / "relearning.json").exists():
         relearn_all(first, output / "retrained", data / "forget01.jsonl", output)
-    write_json(output / "settings.json", {"learning": LEARNING, "unlearning": UNLEARNING, "seeds": list(options.seeds)})
 
 
 if __name__ == "__main__":

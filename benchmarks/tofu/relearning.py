@@ -16,7 +16,7 @@ import torch
 from simnpo.attacks.curves import Row
 from simnpo.attacks.relearn import WHICH, Relearning, Which, picked, relearn
 from simnpo.data import read_rows
-from simnpo.evaluation.measures import measure
+from simnpo.evaluation.measures import Measures, measure
 from simnpo.evaluation.questions import QuestionSet, encode_questions
 from simnpo.evaluation.results import markdown_table
 from simnpo.evaluation.subject import Subject, load_subject
@@ -59,21 +59,24 @@ def attacked(subject: Subject, asked: QuestionSet, name: str) -> list[Row]:
     autocast = torch.autocast(next(subject.model.parameters()).device.type, dtype=torch.bfloat16)
     start = {key: value.cpu().clone() for key, value in subject.model.state_dict().items()}
 
-    def scored(which: Which, chosen: list[int], epoch: int) -> Row:
+    def measured() -> Measures:
         with autocast:
-            measures = measure(subject, {"forget": asked}, write=(), max_new_tokens=0)["forget"]
+            return measure(subject, {"forget": asked}, write=(), max_new_tokens=0)["forget"]
+
+    def scored(measures: Measures, which: Which, chosen: list[int], epoch: int) -> Row:
         others = np.setdiff1d(np.arange(len(measures.probability)), chosen)
         scores = {name: float(getattr(measures, name.removesuffix("_others"))[others].mean()) for name in SCORES}
         return {"model": name, "relearned": which, "epoch": epoch, **scores}
 
     rows = []
+    before = measured()
     for which in WHICH:
         chosen = picked(asked.answers, which, RELEARNING.share, repeat=0)
-        rows.append(scored(which, chosen, 0))
+        rows.append(scored(before, which, chosen, 0))
         examples = [asked.answers[i] for i in chosen]
         for _ in relearn(subject, examples, RELEARNING, seed=0, autocast=autocast):
             pass
-        rows.append(scored(which, chosen, RELEARNING.epochs))
+        rows.append(scored(measured(), which, chosen, RELEARNING.epochs))
         subject.model.load_state_dict(start)
     return rows
 
