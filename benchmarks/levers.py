@@ -59,6 +59,7 @@ def levers(tile_tokens: int, chunk_tokens: int, *, on_gpu: bool) -> list[Lever]:
     return [
         Lever(PLAIN, {}),
         Lever("padding instead of packing", {"packing": "off"}),
+        Lever("packing without a shared prefix", {"share_prefix": "off"}),
         Lever("every row a target", {}, every_row=True),
         Lever(f"{chunk_tokens} rows of logits at a time", {"chunk_tokens": chunk_tokens}),
         Lever("forget and retain apart", {"separate_terms": True}),

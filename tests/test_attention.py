@@ -78,7 +78,8 @@ def test_groups_cover_every_row_once():
     bounds = PackedBounds(LENGTHS, torch.device("cpu"))
     assert bounds.groups == [(2, 40, 0), (3, 7, 0), (1, 2, 0), (1, 1, 0)]
     every = torch.arange(sum(LENGTHS))
-    assert bounds.rows[bounds.inverse].equal(every) and bounds.out_rows[bounds.back].equal(every)
+    assert bounds.rows[bounds.inverse].equal(every)
+    assert bounds.out_rows[bounds.back].equal(every)
     assert bounds.own.sum() == sum(LENGTHS)
     assert bounds.out_rows[bounds.own].sort().values.equal(every)
 

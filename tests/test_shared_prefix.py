@@ -91,13 +91,16 @@ def test_a_step_is_that_of_whole_sequences(method):
 def test_the_prefix_stands_once():
     forget, retain = examples("f", [4, 6]), examples("r", [5])
     whole, shared = (collate(forget, retain, packed=True, share_prefix=share) for share in (False, True))
-    assert whole.shared_prefix == 0 and shared.shared_prefix == PREFIX
-    assert whole.cu_seqlens.tolist() == [0, 15, 32, 48] and shared.cu_seqlens.tolist() == [0, 15, 21, 26]
+    assert whole.shared_prefix == 0
+    assert shared.shared_prefix == PREFIX
+    assert whole.cu_seqlens.tolist() == [0, 15, 32, 48]
+    assert shared.cu_seqlens.tolist() == [0, 15, 21, 26]
     assert shared.position_ids[0].tolist() == [*range(15), *range(11, 17), *range(11, 16)]
     assert shared.input_ids[0, 15:21].tolist() == forget[1].input_ids[PREFIX:]
     kept = whole.targets != -100
     assert shared.targets[shared.targets != -100].equal(whole.targets[kept])
-    assert shared.num_targets == whole.num_targets and shared.num_inputs == whole.num_inputs
+    assert shared.num_targets == whole.num_targets
+    assert shared.num_inputs == whole.num_inputs
 
 
 def test_what_predicts_a_target_is_not_shared():
@@ -124,7 +127,8 @@ def test_scores_of_a_token_are_not_shared():
     rows = [
         token_logps(model, config, Collator(True, 256, CPU, None, share_prefix=s), [several]) for s in (True, False)
     ]
-    assert rows[0] == rows[1] and [len(row) for row in rows[0]] == [15, 17]
+    assert rows[0] == rows[1]
+    assert [len(row) for row in rows[0]] == [15, 17]
 
 
 def test_a_model_that_cannot_is_measured_and_refused():

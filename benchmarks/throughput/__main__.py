@@ -83,6 +83,12 @@ def measure_steps(subject: Subject, loops: list[Loop], options: argparse.Namespa
         name: {"rival": name, **vars(measure_memory(loop, subject, options.memory_limit))}
         for name, loop in everybody.items()
     }
+    forget, retain = subject.sampler.step(0, 0)
+    if (ours := rows[OURS])["status"] == "ok" and (shared := subject.collator(forget, retain).shared_prefix):
+        sizes = [len(example.input_ids) for example in (*forget, *retain)]
+        ours["note"] = (
+            f"{shared} of {sum(sizes) / len(sizes):.0f} tokens of a sequence are the same in all: once a step"
+        )
     standing = {name: (loop, subject) for name, loop in everybody.items() if rows[name]["status"] == "ok"}
     # on a GPU the measurement of memory has warmed up this process already
     warmup = 0 if subject.device.type == "cuda" else 1
