@@ -5,7 +5,9 @@ python -m simnpo.benchmarks.long_sequences [--tokens 32768] [--output benchmarks
 head    the same bf16 hidden states and weights in bf16 and in float32 logits against float64, in four regimes; the
         ratio is to a head that a little training has moved
 model   a small random Llama whose body is bf16 against itself in float64, on the same bf16 weights; the ratio is to the
-        model before a gradient step
+        model before a gradient step. "eager" takes the logits of the same body in float32, all of them, so that nothing
+        but the body is inexact; "a token" is the root mean square of the ratio's error per token: errors of tokens are
+        independent, and that of N of them is about sqrt(N) times as large
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from simnpo.attached_model import attach
@@ -90,15 +93,27 @@ def model_rows(N: int) -> list[list[Any]]:
             step = parameter.abs().mean() * parameter.grad / parameter.grad.norm() * parameter.numel() ** 0.5
             parameter.sub_(MOVED * step)
 
-    @torch.no_grad()
-    def sums(dtype: torch.dtype | None, double: bool) -> Sums:
-        models = (copy.deepcopy(model).double() if double else model for model in (policy, reference))
-        logps = (model(ids, labels=ids, token_logps=True, logits_dtype=dtype) for model in models)
-        return Sums(*(x.double().sum().item() for x in logps))
+    def fused(model: Any, logits_dtype: torch.dtype | None = None) -> Tensor:
+        return model(ids, labels=ids, token_logps=True, logits_dtype=logits_dtype)[0, :-1]
 
-    exact = sums(None, double=True)
-    logits = {"bf16": None, "float32": torch.float32}
-    return [row("bf16 body", name, sums(dtype, double=False), exact) for name, dtype in logits.items()]
+    def eager(model: Any) -> Tensor:
+        hidden, weight = model.model(ids).last_hidden_state[0, :-1], model.lm_head.weight
+        return -cross_entropy(hidden.float() @ weight.float().T, ids[0, 1:], reduction="none")
+
+    with torch.no_grad():
+        exact = [fused(copy.deepcopy(model).double()) for model in (policy, reference)]
+        ways = {
+            ("bf16 body", "bf16"): [fused(model) for model in (policy, reference)],
+            ("bf16 body", "float32"): [fused(model, torch.float32) for model in (policy, reference)],
+            ("bf16 body, eager", "float32"): [eager(model) for model in (policy, reference)],
+            ("float32 arithmetic", "float32"): [fused(copy.deepcopy(model).float()) for model in (policy, reference)],
+        }
+    rows = []
+    for (name, logits), logps in ways.items():
+        ours, theirs = (Sums(*(x.double().sum().item() for x in some)) for some in (logps, exact))
+        of_a_token = ((logps[0].double() - logps[1].double()) - (exact[0] - exact[1])).square().mean().sqrt().item()
+        rows.append([*row(name, logits, ours, theirs), f"{of_a_token:.1e}"])
+    return rows
 
 
 def main() -> None:
@@ -120,7 +135,7 @@ def main() -> None:
             f"## The head alone, D = {options.dim}, V = {options.vocab}\n",
             markdown_table(columns, head_rows(N, options.dim, options.vocab)),
             "## A whole model, two layers, D = 64, V = 4096\n",
-            markdown_table(columns, model_rows(N)),
+            markdown_table([*columns, "of a token"], model_rows(N)),
         ]
     )
     print(page)
