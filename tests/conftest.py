@@ -10,7 +10,9 @@ if os.environ.get("SIMNPO_TEST_DEVICE") != "cuda":
     os.environ["TRITON_INTERPRET"] = "1"
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +57,20 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.environ.setdefault("MPLCONFIGDIR", os.path.expanduser("~/.cache/matplotlib"))
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
     return Path(os.environ["XDG_CACHE_HOME"])
+
+
+@pytest.fixture(autouse=True)
+def blank_pictures() -> Iterator[None]:
+    """A report's pictures are put together and not drawn: that takes longer than the steps of a run of the tests."""
+    from simnpo.report import plots
+
+    class Undrawn(plots.Figure):
+        def savefig(self, png: Any, **_: Any) -> None:
+            png.write(b"\x89PNG")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(plots, "Figure", Undrawn)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,11 @@ def evaluation(forget: tuple[float, float], **kept: tuple[float, float]) -> dict
     }
 
 
+@pytest.fixture(autouse=True)
+def blank_pictures() -> None:
+    """Here they are drawn."""
+
+
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """A finished run, as files."""
@@ -59,7 +64,9 @@ def test_it_holds_everything_it_needs(run_dir):
     assert all(address.startswith("data:image/png;base64,") for address in re.findall(r'src(?:set)?="([^"]*)"', html))
     assert len(re.findall('srcset="data:image/png', html)) == 2
     for name in ("nll", "nll-dark", "weights", "weights-dark"):
-        assert (run_dir / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        picture = (run_dir / "plots" / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        assert len(picture) > 5000
     for text in ("80x less probable", "1.2% less probable", "0.7 → <b>0.9</b>", "123 MiB", "a CPU", "method = simnpo"):
         assert text in html
     assert "is not in the folder" not in html

@@ -139,7 +139,11 @@ KILL = """
 import json, os, signal, sys, torch
 torch.set_num_threads(1)
 from simnpo.config import UnlearnConfig
+from simnpo.report import plots
 from simnpo.training.loop import unlearn
+
+# drawn in memory, longer than a step takes
+plots.Figure.savefig = lambda self, png, **_: png.write(b"a picture")
 
 def killed_run(config, event):
     # in a child: SIGKILL at the event-th file it opens, renames or removes in the run's folder
@@ -159,6 +163,8 @@ def killed_run(config, event):
 
 WATCHED = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
 options, start, stride = json.loads(sys.argv[1])
+# here first: the children find everything imported
+unlearn(UnlearnConfig(**options, output=f"{sys.argv[2]}/whole"))
 event, finished = start, False
 while not finished:
     config = UnlearnConfig(**options, output=f"{sys.argv[2]}/{event}")
@@ -174,14 +180,15 @@ while not finished:
 def test_kill_9_at_every_kind_of_moment(config, tmp_path, changes):
     """Every write, rename and removal of a run is a moment; every seventh is tried, the last one past the end."""
     settings = {"max_steps": 2, "save_steps": 1, **changes}
-    whole = outcome(unlearn(config(output=str(tmp_path / "whole"), **settings)))
     options = vars(config(**settings)) | {"output": None}
     del options["output"], options["resume"]
     folder = tmp_path / "killed"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     arguments = [json.dumps([options, 1, 7]), str(folder)]
     subprocess.run([sys.executable, "-c", KILL, *arguments], check=True, env=environment)
-    outputs = sorted(folder.iterdir(), key=lambda path: int(path.name))
+    whole = outcome(folder / "whole")
+    assert len(whole["metrics"]) == 2
+    outputs = sorted(folder.glob("[0-9]*"), key=lambda path: int(path.name))
     assert len(outputs) > 10
     for output in outputs:
         assert outcome(output) == whole, output.name
