@@ -1,5 +1,6 @@
 """TOFU on a tiny random model: every number against the model's own logits, and what happens when a file is missing."""
 
+import copy
 import importlib.util
 import json
 import math
@@ -14,6 +15,7 @@ import torch
 from conftest import make_model, make_tokenizer, write_rows
 
 from simnpo.attacks.relearn import Relearning, relearn
+from simnpo.attention import use_packed_attention
 from simnpo.cli import main
 from simnpo.errors import UserError
 from simnpo.evaluation.lengths import by_length
@@ -154,6 +156,23 @@ def test_the_order_and_size_of_batches_change_nothing(subject):
         np.testing.assert_allclose(a.logps, b.logps, rtol=1e-4, atol=1e-4)
     prompts = [example.prompt_ids for example in questions.answers]
     assert subject.answer(prompts, 5) == one.answer(prompts, 5)
+
+
+def test_a_question_is_read_once_for_all_its_answers(subject, monkeypatch):
+    questions = encode_questions([(f"f:{i}", question(i)) for i in range(6)], subject.tokenizer, 200)
+    sequences = questions.sequences()
+    model, seen = copy.deepcopy(subject.model), []
+    use_packed_attention(model)
+    packing = Subject("tiny", model, subject.tokenizer, batch_size=8, packs=True)
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numel()))
+    for a, b in zip(packing.score(sequences), subject.score(sequences), strict=True):
+        np.testing.assert_allclose(a.logps, b.logps, rtol=1e-4, atol=1e-4)
+        assert (a.is_greedy == b.is_greedy).all()
+    prompts = {tuple(example.prompt_ids) for example in sequences}
+    assert len(seen) == len(prompts) == 6
+    answers = sum(len(example.input_ids) - len(example.prompt_ids) for example in sequences)
+    # of a prompt the last token is each sequence's own, for it predicts the first of its answer
+    assert sum(seen) == sum(map(len, prompts)) - len(prompts) + len(sequences) + answers
 
 
 def test_all_of_it_from_the_command_line(model_dir, tmp_path, capsys):

@@ -19,7 +19,7 @@ from simnpo.attention import use_packed_attention
 from simnpo.batch import collate, random_stream
 from simnpo.data import load_examples
 from simnpo.errors import UserError
-from simnpo.model import keeps_sequences_apart, load_tokenizer, load_weights
+from simnpo.model import keeps_sequences_apart, load_tokenizer, load_weights, shares_prefix
 from simnpo.objectives import SimNPO
 from simnpo.training.disk import whole_folder
 from simnpo.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
@@ -42,7 +42,7 @@ def finetune(
     torch.manual_seed(seed)
     model = attach(load_weights(model_name, dtype=torch.float32)).to(device)
     use_packed_attention(model)
-    packed = keeps_sequences_apart(model)
+    packed, shares = keeps_sequences_apart(model), shares_prefix(model)
     model.train()
     optimizer = make_optimizer(model.parameters(), weight_decay=0.01)
     num_steps = epochs * steps_per_epoch
@@ -50,7 +50,7 @@ def finetune(
         order = random_stream(seed, step // steps_per_epoch).permutation(len(examples))
         first = step % steps_per_epoch * batch_size
         drawn = [examples[i] for i in order[first : first + batch_size]]
-        batch = collate([], drawn, packed=packed, pad_token_id=tokenizer.pad_token_id).to(device)
+        batch = collate([], drawn, packed=packed, share_prefix=shares, pad_token_id=tokenizer.pad_token_id).to(device)
         set_learning_rate(optimizer, learning_rate(step, num_steps, peak_rate, warmup_ratio=0.1))
         with torch.autocast(device.type, dtype=torch.bfloat16):
             # every sequence is one to keep: the loss is their NLL per token, whatever the objective

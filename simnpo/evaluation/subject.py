@@ -1,5 +1,6 @@
 """The model that is being examined: log-probabilities of what it reads, and what it writes."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,14 +12,15 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
+from simnpo.attention import use_packed_attention
 from simnpo.batch import collate
-from simnpo.data import Example
+from simnpo.data import IGNORE_INDEX, Example
 from simnpo.evaluation.generation import end_tokens, greedy_tokens
 from simnpo.kernels.linear_target_stats import linear_target_stats
-from simnpo.model import hidden_states, load_model, output_head, verify_head
+from simnpo.model import hidden_states, load_model, output_head, shares_prefix, verify_head
 from simnpo.training.setup import check_tokens
 
-# padded tokens of one forward, whatever the number of its sequences: long texts would not fit otherwise
+# tokens of one forward, whatever the number of its sequences: long texts would not fit otherwise
 MAX_BATCH_TOKENS = 16_384
 # of one that is scored on a CPU: what stands between two products stays in its caches, a sixth to a quarter faster
 CPU_BATCH_TOKENS = 512
@@ -52,6 +54,8 @@ class Subject:
         tokenizer: its tokenizer, with a pad token.
         batch_size: sequences of one forward at most.
         show_progress: a bar on stderr while it works.
+        packs: score packed rows, in which what all sequences begin with stands once; the model must be able to
+            (`simnpo.model.shares_prefix`). Else rows are padded.
     """
 
     name: str
@@ -59,6 +63,7 @@ class Subject:
     tokenizer: Any
     batch_size: int = 32
     show_progress: bool = False
+    packs: bool = False
 
     @torch.no_grad()
     def score(self, examples: Sequence[Example], label: str = "scoring") -> list[TargetScores]:
@@ -71,18 +76,41 @@ class Subject:
         device = next(self.model.parameters()).device
         head = output_head(self.model)
         scores: list[TargetScores | None] = [None] * len(examples)
-        most = CPU_BATCH_TOKENS if device.type == "cpu" else MAX_BATCH_TOKENS
-        for indices in self._batches([len(example.input_ids) for example in examples], label, most):
+        for indices in self._bar(self._scored_together(examples, device.type), f"{label} {len(examples)}"):
             some = [examples[i] for i in indices]
-            batch = collate(some, packed=False, pad_token_id=self.tokenizer.pad_token_id).to(device)
-            stats = linear_target_stats(hidden_states(self.model, batch), head.weight, batch.targets, **head.options())
-            counted = batch.targets != -100
-            lengths = counted.sum(-1).tolist()
-            logps = stats.logps[counted].double().cpu().split(lengths)
-            is_greedy = stats.is_greedy[counted].cpu().split(lengths)
+            pad_token_id = self.tokenizer.pad_token_id
+            batch = collate(some, packed=self.packs, pad_token_id=pad_token_id, share_prefix=self.packs).to(device)
+            hidden = hidden_states(self.model, batch)
+            targets = batch.targets[0] if self.packs else batch.targets
+            stats = linear_target_stats(hidden, head.weight, targets, **head.options())
+            counted = targets != IGNORE_INDEX
+            logps = stats.logps[counted].double().cpu().split(batch.num_targets)
+            is_greedy = stats.is_greedy[counted].cpu().split(batch.num_targets)
             for i, logp, greedy in zip(indices, logps, is_greedy):
                 scores[i] = TargetScores(logp.numpy(), greedy.numpy())
         return scores  # type: ignore[return-value]
+
+    def _scored_together(self, examples: Sequence[Example], device_type: str) -> list[list[int]]:
+        """Indices of the examples of each forward.
+
+        On a CPU, whose products are as fast with a few hundred rows as with many, the answers to one question are
+        packed with each other, behind the question.
+        """
+        lengths = [len(example.input_ids) for example in examples]
+        if device_type != "cpu":
+            return self._alike(lengths, MAX_BATCH_TOKENS)
+        by_prompt: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        if self.packs:
+            for i, example in enumerate(examples):
+                by_prompt[tuple(example.prompt_ids)].append(i)
+            by_prompt.pop((), None)
+        together = [indices for indices in by_prompt.values() if len(indices) > 1]
+        alone = sorted({*range(len(examples))}.difference(*together))
+        batches = [[alone[k] for k in some] for some in self._alike([lengths[i] for i in alone], CPU_BATCH_TOKENS)]
+        for indices in together:
+            answers = [lengths[i] - len(examples[i].prompt_ids) for i in indices]
+            batches += [[indices[k] for k in some] for some in self._alike(answers, CPU_BATCH_TOKENS)]
+        return batches
 
     def answer(
         self, prompts: Sequence[list[int]], max_new_tokens: int, label: str = "answering",
@@ -94,14 +122,16 @@ class Subject:
             prompts: none empty.
             max_new_tokens: of an answer, what is begun among them; it ends before at an end-of-sequence token.
             label: of the bar.
-            begun: tokens with which each answer is known to begin: written one by one they would be the same, and take
-                far longer. None: nothing is known.
+            begun: tokens with which each answer is known to begin, the most probable ones when they were scored.
+                Written one by one they take far longer, and are the same but for near ties that bf16 decides by what
+                else is in the batch. None: nothing is known.
         """
         written = [[] for _ in prompts] if begun is None else [tokens[:max_new_tokens] for tokens in begun]
         ends = end_tokens(self.model, self.tokenizer)
         going_on = [i for i, tokens in enumerate(written) if len(tokens) < max_new_tokens and not ends & {*tokens}]
         given = [prompts[i] + written[i] for i in going_on]
-        for indices in self._batches([len(tokens) + max_new_tokens for tokens in given], label, MAX_BATCH_TOKENS):
+        batches = self._alike([len(tokens) + max_new_tokens for tokens in given], MAX_BATCH_TOKENS)
+        for indices in self._bar(batches, f"{label} {len(given)}"):
             some = [going_on[k] for k in indices]
             room = max_new_tokens - min(len(written[i]) for i in some)
             new = greedy_tokens(self.model, self.tokenizer, [given[k] for k in indices], room)
@@ -109,7 +139,7 @@ class Subject:
                 written[i] = (written[i] + tokens)[:max_new_tokens]
         return [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
 
-    def _batches(self, lengths: Sequence[int], label: str, most: int) -> Iterator[list[int]]:
+    def _alike(self, lengths: Sequence[int], most: int) -> list[list[int]]:
         """Indices of sequences of about the same length, the longest first: too little memory shows at once."""
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         batches: list[list[int]] = []
@@ -119,8 +149,11 @@ class Subject:
                 batches[-1].append(i)
             else:
                 batches.append([i])
+        return batches
+
+    def _bar(self, batches: list[list[int]], label: str) -> Iterator[list[int]]:
         hidden = not (self.show_progress and batches)
-        yield from track(batches, f"{label} {len(lengths)}", console=Console(stderr=True), disable=hidden)
+        yield from track(batches, label, console=Console(stderr=True), disable=hidden)
 
 
 def load_subject(
@@ -141,4 +174,5 @@ def load_subject(
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     model = model.to(device).eval()  # type: ignore[arg-type]
     verify_head(model)
-    return Subject(name_or_path, model, tokenizer, batch_size, show_progress)
+    use_packed_attention(model)
+    return Subject(name_or_path, model, tokenizer, batch_size, show_progress, packs=shares_prefix(model))
