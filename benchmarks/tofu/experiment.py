@@ -29,7 +29,7 @@ from simnpo.training.disk import write_json, write_text
 
 LEARNING = {"epochs": 6, "batch_size": 8, "peak_rate": 1e-4}
 # the same for every method; the published TOFU runs have 10 epochs at 1e-5 of a model 50 times as large
-UNLEARNING = ["--epochs", "3", "--batch_size", "8", "--learning_rate", "5e-5", "--save_steps", "0"]
+UNLEARNING = ["--epochs", "4", "--batch_size", "8", "--learning_rate", "4e-5", "--save_steps", "0"]
 # ga with a retain term is GradDiff, dpo with its default alternate answer IdkDPO
 GRIDS = (
     "method=simnpo beta=2.5,4.5 retain_coef=1.0 seed=0",
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", required=True, type=Path, help="folder with TOFU's files")
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--model", help="default: the SmolLM2-135M-Instruct that `simnpo demo` uses")
-    parser.add_argument("--retain", type=int, default=120, help="answers to keep (default: 120 of 3960)")
+    parser.add_argument("--retain", type=int, default=160, help="answers to keep (default: 160 of 3960)")
     parser.add_argument("--max-examples", type=int, default=40, help="questions scored of each set (default: 40)")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--grids", nargs="+", default=GRIDS)
