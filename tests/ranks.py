@@ -1,4 +1,4 @@
-"""Checks that run on several processes: one spawn for all of them, as starting a process costs more than a check."""
+"""Checks that run on several processes: started once for all of them, as that costs more than a check."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate.state import AcceleratorState, GradientState
 
 Check = Callable[[], None]
 PASSED = "passed"
@@ -32,7 +33,9 @@ def run_on_ranks(world: int, checks: Sequence[Check], folder: Path, *, backend: 
         by name of the check: PASSED, or what went wrong on the ranks where it did. After a failure the ranks are no
         longer in step, and the checks that follow are "not reached".
     """
-    mp.spawn(_rank, (world, list(checks), folder, backend), nprocs=world)
+    # a fork has everything imported, which takes a fresh process longer than the checks; CUDA does not survive one
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    mp.start_processes(_rank, (world, list(checks), folder, backend), nprocs=world, start_method=method)
     ranks = [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(world)]
     outcomes = {}
     for check in checks:
@@ -45,6 +48,9 @@ def run_on_ranks(world: int, checks: Sequence[Check], folder: Path, *, backend: 
 def _rank(rank: int, world: int, checks: list[Check], folder: Path, backend: str) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    # what a run of an earlier test has found out about the machine: one process
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     options = {"init_method": f"file://{folder}/meeting-point", "timeout": timedelta(seconds=60)}
     if backend == "nccl":
         torch.cuda.set_device(rank)
