@@ -153,9 +153,11 @@ def scaled_gradients(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | N
     if dx is not None:
         dhidden = torch.zeros(ctx.shape, dtype=ctx.dtype, device=dloss.device)
         ctx.scale_rows(dx, dloss.expand(len(rows)).contiguous(), dhidden, rows)
+    # on a CPU a look costs nothing, and a product with one the time and the memory of another (V, D)
+    is_one = type(dloss) is Tensor and dloss.device.type == "cpu" and dloss.item() == 1
     return (
         dhidden,
-        None if dweight is None else dweight * dloss.to(dweight.dtype),
+        dweight if dweight is None or is_one else dweight * dloss.to(dweight.dtype),
         None if dbias is None else (dbias * dloss).to(ctx.bias_dtype),
     )
 

@@ -35,7 +35,7 @@ NAME = "simnpo_varlen"
 # masks of attention implementations have a registry of their own since then
 SUPPORTED = Version(transformers.__version__) >= Version("4.53")
 # sequences whose lengths differ by less are computed together, the shorter ones padded
-GROUP_RATIO = 1.5
+GROUP_RATIO = 1.3
 # tokens of a sequence up to which its scores may exist, on a CPU
 WRITTEN_OUT = 256
 
@@ -245,16 +245,16 @@ def varlen_attention(
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
     """(B, H, Q, d) attention of the last Q of T tokens, whose (Q, T) scores exist; heads that share a key are rows of
-    one product.
+    one product, which scales the scores and hides what is to come.
     """
     B, H, Q, d = q.shape
     shared, T = k.shape[1:3]
-    rows = q.reshape(B, shared, H // shared * Q, d) * (d**-0.5 if scale is None else scale)
-    scores = (rows @ k.transpose(-1, -2)).view(B, H, Q, T)
-    visible = _window(Q, T, T if window is None else window, q.device)
-    scores = scores.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(~visible, -torch.inf)
-    weights = torch.softmax(scores, dim=-1).to(v.dtype)
-    return (weights.view(B, shared, H // shared * Q, T) @ v).view(B, H, Q, -1)
+    hidden = ~_window(Q, T, T if window is None else window, q.device)
+    mask = torch.zeros(Q, T, dtype=q.dtype, device=q.device).masked_fill_(hidden, -torch.inf).repeat(H // shared, 1)
+    rows, keys, values = (x.reshape(B * shared, -1, x.shape[-1]) for x in (q, k, v))
+    scores = torch.baddbmm(mask, rows, keys.transpose(1, 2), alpha=d**-0.5 if scale is None else scale)
+    # computed in float32, whatever the dtype, and rounded for the product as it would be anyway
+    return (torch.softmax(scores, dim=-1).to(v.dtype) @ values).view(B, H, Q, -1)
 
 
 def _window(Q: int, T: int, size: int, device: torch.device) -> Tensor:

@@ -105,7 +105,7 @@ def collate(
         ref_token_logps: of each of a forget example's targets, 0 where ignored, by id.
         alternates: whether those of the forget examples stand beside them, at the end of the batch, or instead of them.
         share_prefix: what all sequences of a packed row begin with, a system prompt, stands in it once, if that makes
-            the row shorter by a twentieth.
+            the row shorter by a twentieth; and what follows the last target of each is left out.
 
     Raises:
         ValueError: there is no sequence at all, or a document in pieces is to be padded.
@@ -126,10 +126,13 @@ def collate(
         columns["ref_token_logps"] = [ref_token_logps[example.id] for example in forget] + [
             [0.0] * len(example.input_ids) for example in (*retain, *others)
         ]
-    prefix = _shared_prefix(examples) if packed and share_prefix else 0
-    if prefix:
-        for name, (first, *rest) in columns.items():
-            columns[name] = [first, *(row[prefix:] for row in rest)]
+    prefix = 0
+    if packed and share_prefix:
+        prefix = _shared_prefix(examples)
+        # what follows the last token that predicts a target is seen by nothing that counts
+        ends = [_after_the_last_target(row) for row in columns["targets"]]
+        for name, rows in columns.items():
+            columns[name] = [row[prefix if b else 0 : end] for b, (row, end) in enumerate(zip(rows, ends))]
     if packed:
         tensors = {name: torch.tensor([list(chain.from_iterable(rows))]) for name, rows in columns.items()}
     else:
@@ -157,6 +160,11 @@ def collate(
         num_inputs=tuple(lengths),
         shared_prefix=prefix,
     )
+
+
+def _after_the_last_target(targets: list[int]) -> int:
+    """How many tokens a sequence needs; all, if it has no target."""
+    return max((t + 1 for t, target in enumerate(targets) if target != IGNORE_INDEX), default=len(targets))
 
 
 def _shared_prefix(examples: Sequence[Example]) -> int:

@@ -1,5 +1,7 @@
 """What all sequences of a packed row begin with, computed once, against every sequence by itself."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -36,6 +38,11 @@ def examples(name: str, lengths: list[int], *, alternates: bool = False, prompt:
     return made
 
 
+def with_all_rows(example: Example) -> Example:
+    """One more token, which nothing sees, so that the last one predicts a target."""
+    return replace(example, input_ids=[*example.input_ids, 0], labels=[*example.labels, 0])
+
+
 @pytest.mark.parametrize("written_out", [256, 0])
 @pytest.mark.parametrize("name", ["llama", "shared-heads", "qwen2", "sliding", "both"])
 def test_states_and_gradients_are_those_of_every_sequence_alone(name, written_out, monkeypatch):
@@ -50,7 +57,7 @@ def test_states_and_gradients_are_those_of_every_sequence_alone(name, written_ou
     gradients = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     assert use_packed_attention(model) == NAME
-    batch = collate(several, packed=True, share_prefix=True)
+    batch = collate([with_all_rows(example) for example in several], packed=True, share_prefix=True)
     assert batch.shared_prefix == PREFIX
     packed = hidden_states(model, batch)
     torch.testing.assert_close(packed, expected, rtol=1e-9, atol=1e-9)
@@ -94,9 +101,10 @@ def test_the_prefix_stands_once():
     assert whole.shared_prefix == 0
     assert shared.shared_prefix == PREFIX
     assert whole.cu_seqlens.tolist() == [0, 15, 32, 48]
-    assert shared.cu_seqlens.tolist() == [0, 15, 21, 26]
-    assert shared.position_ids[0].tolist() == [*range(15), *range(11, 17), *range(11, 16)]
-    assert shared.input_ids[0, 15:21].tolist() == forget[1].input_ids[PREFIX:]
+    # the last token of each, which predicts nothing, is left out
+    assert shared.cu_seqlens.tolist() == [0, 14, 19, 23]
+    assert shared.position_ids[0].tolist() == [*range(14), *range(11, 16), *range(11, 15)]
+    assert shared.input_ids[0, 14:19].tolist() == forget[1].input_ids[PREFIX:-1]
     kept = whole.targets != -100
     assert shared.targets[shared.targets != -100].equal(whole.targets[kept])
     assert shared.num_targets == whole.num_targets

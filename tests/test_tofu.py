@@ -171,8 +171,8 @@ def test_a_question_is_read_once_for_all_its_answers(subject, monkeypatch):
     prompts = {tuple(example.prompt_ids) for example in sequences}
     assert len(seen) == len(prompts) == 6
     answers = sum(len(example.input_ids) - len(example.prompt_ids) for example in sequences)
-    # of a prompt the last token is each sequence's own, for it predicts the first of its answer
-    assert sum(seen) == sum(map(len, prompts)) - len(prompts) + len(sequences) + answers
+    # of a prompt the last token is each sequence's own, for it predicts the first of its answer; the last predicts none
+    assert sum(seen) == sum(map(len, prompts)) - len(prompts) + answers
 
 
 def test_all_of_it_from_the_command_line(model_dir, tmp_path, capsys):
