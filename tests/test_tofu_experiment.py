@@ -102,6 +102,17 @@ def test_all_of_it_stopped_and_started_again(source, model_dir, tmp_path, monkey
     settings = json.loads((output / "settings.json").read_text())
     assert (settings["retain_answers"], settings["questions_of_a_set"], settings["new_tokens"]) == (6, 3, 4)
 
-    # all of it is done: nothing runs again
+    # all of it is done: nothing runs again; one that was stopped does not say how long it took
+    before = (output / "page" / "forget01.md").read_text()
     experiment.main(command)
     assert (len(learned), len(ran)) == (2, 6)
+    page = (output / "page" / "forget01.md").read_text()
+    assert page == before
+    assert "6 of the 3960 to retain" in page
+    assert "minutes in one go" not in page
+    for heading, rows in (("## The sweep", 5), ("## The best setting", 4), ("## The shorter", 4), ("## Relearning", 6)):
+        section = page[page.index(heading) + 3 :].split("\n## ")[0]
+        assert section.count("\n| ") == rows + 2, heading
+    assert {path.name for path in (output / "page").iterdir()} == {
+        "forget01.md", "forget01.json", "forget01.png", "forget01-relearning.png"
+    }  # fmt: skip

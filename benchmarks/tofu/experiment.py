@@ -4,7 +4,7 @@ python -m simnpo.benchmarks.tofu.experiment --data TOFU --output tofu-forget01
 
 It is a reduced TOFU: of the 3960 answers to retain the model learns `--retain`, among them those that the retain set is
 scored on, and every set is scored on its first `--max-examples` questions. What has its results is not run again, and
-a run that was stopped goes on with the same command; settings.json says what was left out.
+a run that was stopped goes on with the same command; page/forget01.md has all that came out and says what was left out.
 
     learn forget + retain  ->  full       learn retain  ->  retrained
     full -> sweep over settings, one seed -> the best setting of each method, three seeds -> relearning, the first seed
@@ -15,14 +15,20 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from simnpo.benchmarks.measure import command_line, environment
 from simnpo.benchmarks.tofu.finetune import finetune
+from simnpo.benchmarks.tofu.page import write_page
 from simnpo.benchmarks.tofu.relearning import relearn_all
 from simnpo.data import read_rows
 from simnpo.demo import model_file
-from simnpo.errors import UserError
+from simnpo.errors import UserError, exit_status
 from simnpo.sweep import command as sweep
 from simnpo.sweep.grid import read_trials
 from simnpo.training.disk import write_json, write_text
@@ -78,7 +84,7 @@ def keep_settings(path: Path, settings: dict[str, Any]) -> None:
     write_json(path, settings)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("simnpo.benchmarks.tofu.experiment", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", required=True, type=Path, help="folder with TOFU's files")
     parser.add_argument("--output", required=True, type=Path)
@@ -90,6 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     options = parser.parse_args(arguments)
     output: Path = options.output
+    started, started_empty = time.monotonic(), not (output / "settings.json").exists()
     output.mkdir(parents=True, exist_ok=True)
     keep_settings(
         output / "settings.json",
@@ -132,7 +139,14 @@ def main(arguments: list[str] | None = None) -> None:
     }
     if not (output / "relearning.json").exists():
         relearn_all(first, output / "retrained", data / "forget01.jsonl", output)
+    if started_empty:
+        write_json(output / "minutes.json", (time.monotonic() - started) / 60)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    facts = environment(device, torch.bfloat16, command_line("tofu.experiment", arguments))
+    facts["dtype"] += " arithmetic, float32 weights"
+    print(write_page(output, facts).read_text(encoding="utf-8"))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))
