@@ -10,7 +10,7 @@ from simnpo import SimNPO, attach
 from simnpo.errors import UserError
 from simnpo.memory.checkpoints import checkpoint_layers
 from simnpo.memory.tiled_mlp import TiledForward, tile_mlps
-from simnpo.model import add_lora, relative_error
+from simnpo.model import add_lora, load_weights, relative_error
 
 IDS = torch.arange(2 * 50).view(2, 50)
 
@@ -44,6 +44,23 @@ def test_under_adapters():
     tile_mlps(plain, 9)
     for name, gradient in step(plain).items():
         assert relative_error(gradient, expected[name]) < 1e-6, name
+
+
+def test_on_a_body_in_4_bits(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    gradients = []
+    for tile_tokens in (None, 9):
+        model = attach(load_weights(str(tmp_path), dtype=torch.float32, in_4bit_on=torch.device("cpu")))
+        if tile_tokens is not None:
+            # no weight of such an MLP has a dtype that tokens could have
+            assert not any(p.is_floating_point() for p in model.model.layers[0].mlp.parameters())
+            assert tile_mlps(model, tile_tokens) == 2
+        torch.manual_seed(0)
+        gradients.append(step(add_lora(model, 4, 8.0)))
+    whole, tiled = gradients
+    assert sum(gradient.norm() > 0 for gradient in whole.values()) == 14
+    for name, gradient in tiled.items():
+        torch.testing.assert_close(gradient, whole[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
 def test_the_wide_activations_exist_for_a_tile_only():

@@ -62,20 +62,21 @@ def tile_mlps(model: nn.Module, tile_tokens: int) -> int:
     if not mlps:
         raise UserError(f"mlp_tile_tokens: {type(lm).__name__} has no modules called {' or '.join(NAMES)}")
     for name, module in mlps:
-        _check_treats_tokens_alone(name, module, lm.config.get_text_config().hidden_size)
+        _check_treats_tokens_alone(name, module, lm.config.get_text_config().hidden_size, lm.dtype)
     for _, module in mlps:
         module.forward = TiledForward(module.forward, tile_tokens)
     return len(mlps)
 
 
 @torch.no_grad()
-def _check_treats_tokens_alone(name: str, module: nn.Module, D: int) -> None:
-    parameter = next(p for p in module.parameters() if p.is_floating_point())
-    tokens = torch.linspace(-1, 1, MEASURED_TOKENS * D, device=parameter.device, dtype=parameter.dtype)
+def _check_treats_tokens_alone(name: str, module: nn.Module, D: int, dtype: torch.dtype) -> None:
+    # all of the module's own weights may be in 4 bits, which are no dtype of tokens
+    device = next(module.parameters()).device
+    tokens = torch.linspace(-1, 1, MEASURED_TOKENS * D, device=device, dtype=dtype)
     tokens = tokens.view(1, MEASURED_TOKENS, D)
     whole = module(tokens)
     if isinstance(whole, Tensor) and whole.shape == tokens.shape:
         tiled = TiledForward(module.forward, 3)(tokens)
-        if relative_error(tiled.float(), whole.float()) <= TOLERANCE[parameter.dtype]:
+        if relative_error(tiled.float(), whole.float()) <= TOLERANCE[dtype]:
             return
     raise UserError(f"mlp_tile_tokens: {name} ({type(module).__name__}) does not treat every token by itself")
