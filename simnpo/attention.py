@@ -9,6 +9,8 @@ tensor with. Padded batches and generation with a cache get the mask and the ari
     short ones on a CPU          the products and the softmax written out: torch's bf16 backward there is several times
                                  slower than they are
 
+A prefix that all sequences begin with stands in the row once and is copied into every group, on a GPU as well.
+
 Dimension key:
     N  tokens of a packed row      H  heads      d  head dimension
 """
