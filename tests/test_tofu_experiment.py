@@ -6,7 +6,7 @@ import pytest
 from conftest import write_rows
 
 from simnpo.benchmarks.tofu import experiment
-from simnpo.benchmarks.tofu.experiment import EVALUATED, keep_settings, reduced_data
+from simnpo.benchmarks.tofu.experiment import OF_THE_WORLD, OF_TOFU, keep_settings, reduced_data
 from simnpo.errors import UserError
 from simnpo.training import loop
 
@@ -22,7 +22,7 @@ def source(tmp_path):
     def row(name: str, i: int) -> dict:
         return {"question": f"{name} {i}?", "answer": f"It is {'ab' * (i + 1)}."}
 
-    for file in EVALUATED:
+    for file in (*OF_TOFU, *OF_THE_WORLD):
         rows = [row(file.split("_")[0], i) for i in range(QUESTIONS)]
         if file != "forget01":
             rows = [
@@ -38,8 +38,17 @@ def test_the_model_learns_the_retain_answers_that_are_scored(source, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "data" / "retain.jsonl").read_text().splitlines()]
     assert [row["question"] for row in rows] == ["retain 0?", "retain 1?", "retain 2?", "other 0?", "other 1?"]
     assert all(row.keys() == {"question", "answer"} for row in rows)
-    for name in EVALUATED:
-        assert (tmp_path / "data" / f"{name}.jsonl").read_text() == (source / f"{name}.jsonl").read_text()
+
+
+def test_of_the_world_half_as_many_questions_are_scored(source, tmp_path):
+    reduced_data(source, tmp_path / "data", num_retain=5, num_scored=3)
+    for names, kept in ((OF_TOFU, QUESTIONS), (OF_THE_WORLD, 2)):
+        for name in names:
+            of_tofu, of_ours = (
+                [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+                for folder in (source, tmp_path / "data")
+            )
+            assert of_ours == of_tofu[:kept]
 
 
 def test_a_file_that_is_missing_is_named(source, tmp_path):

@@ -3,8 +3,9 @@
 python -m simnpo.benchmarks.tofu.experiment --data TOFU --output tofu-forget01
 
 It is a reduced TOFU: of the 3960 answers to retain the model learns `--retain`, among them those that the retain set is
-scored on, and every set is scored on its first `--max-examples` questions. What has its results is not run again, and
-a run that was stopped goes on with the same command; page/forget01.md has all that came out and says what was left out.
+scored on, and every set is scored on its first `--max-examples` questions, those about real authors and the world on
+half as many. What has its results is not run again, and a run that was stopped goes on with the same command;
+page/forget01.md has all that came out and says what was left out.
 
     learn forget + retain  ->  full       learn retain  ->  retrained
     full -> sweep over settings, one seed -> the best setting of each method, three seeds -> relearning, the first seed
@@ -33,38 +34,46 @@ from simnpo.sweep import command as sweep
 from simnpo.sweep.grid import read_trials
 from simnpo.training.disk import write_json, write_text
 
-LEARNING = {"epochs": 6, "batch_size": 8, "peak_rate": 1e-4}
+LEARNING = {"epochs": 5, "batch_size": 8, "peak_rate": 1e-4}
 # the same for every method; the published TOFU runs have 10 epochs at 1e-5 of a model 50 times as large
-UNLEARNING = ["--epochs", "4", "--batch_size", "8", "--learning_rate", "4e-5", "--save_steps", "0"]
+UNLEARNING = ["--epochs", "3", "--batch_size", "8", "--learning_rate", "5e-5", "--save_steps", "0"]
 # ga with a retain term is GradDiff, dpo with its default alternate answer IdkDPO
 GRIDS = (
-    "method=simnpo beta=2.5,4.5 retain_coef=1.0 seed=0",
+    "method=simnpo beta=2.5 retain_coef=0.25,1.0 seed=0",
     "method=npo beta=0.05,0.1 retain_coef=1.0 seed=0",
     "method=ga forget_coef=0.01,0.03 retain_coef=1.0 seed=0",
     "method=dpo beta=0.05,0.1 retain_coef=1.0 seed=0",
     "method=wga forget_coef=1.0 beta=0.5,1.0 retain_coef=1.0 seed=0",
 )
 SEEDS = (0, 1, 2)
-EVALUATED = ("forget01", "forget01_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
+OF_TOFU = ("forget01", "forget01_perturbed", "retain_perturbed")
+OF_THE_WORLD = ("real_authors_perturbed", "world_facts_perturbed")
 
 
 def reduced_data(source: Path, folder: Path, num_retain: int, num_scored: int) -> None:
-    """Copies the evaluation files and writes retain.jsonl: the questions scored, then others.
+    """Copies the evaluation files, of the world half as many questions, and writes retain.jsonl: those scored, others.
 
     Raises:
         UserError: a file is missing in `source`; names it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (*EVALUATED, "retain99"):
+    for name in (*OF_TOFU, *OF_THE_WORLD, "retain99"):
         if not (source / f"{name}.jsonl").is_file():
             raise UserError(f"data: {source} has no {name}.jsonl; TOFU's files are at hf.co/datasets/locuslab/TOFU")
-    for name in EVALUATED:
+    for name in OF_TOFU:
         shutil.copyfile(source / f"{name}.jsonl", folder / f"{name}.jsonl")
+    for name in OF_THE_WORLD:
+        rows = [row for _, row in read_rows(source / f"{name}.jsonl")]
+        _write_rows(folder / f"{name}.jsonl", rows[: (num_scored + 1) // 2])
     scored = [row for _, row in read_rows(source / "retain_perturbed.jsonl")][:num_scored]
     asked = {row["question"] for row in scored}
     others = [row for _, row in read_rows(source / "retain99.jsonl") if row["question"] not in asked]
     rows = [{key: row[key] for key in ("question", "answer")} for row in [*scored, *others][:num_retain]]
-    write_text(folder / "retain.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    _write_rows(folder / "retain.jsonl", rows)
+
+
+def _write_rows(path: Path, rows: list[Any]) -> None:
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def keep_settings(path: Path, settings: dict[str, Any]) -> None:
