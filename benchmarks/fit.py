@@ -86,7 +86,7 @@ def measure_step(
     def peak() -> float:
         nonlocal seconds
         before = resident_mib(device)
-        subject = make_subject(config, documents(T, vocab_size(shape)), PAD_TOKEN_ID, 0)
+        subject = make_subject(config, documents(T, vocab_size(shape)), PAD_TOKEN_ID)
         prepare(loop, subject)
         held, step = resident_mib(device) - before, steps_of(loop, subject)
 

@@ -87,7 +87,7 @@ def measure_lever(lever: Lever, case: Case, work: Workload, options: argparse.Na
         config = replace(case.config, **lever.changes)
     except UserError as error:
         return row | vars(Outcome("not here", note=str(error)))
-    peak = functools.partial(step_peak, None, config, theirs, pad_token_id, 0)
+    peak = functools.partial(step_peak, None, config, theirs, pad_token_id)
     row |= vars(in_fresh_process(peak, options.memory_limit) if on_cpu else outcome_of(peak))
     _free(options.device)
     if row["status"] != "ok" or not options.rounds:
@@ -103,9 +103,9 @@ def _time(
     row: dict[str, Any], lever: Lever, case: Case, config: Any, works: tuple[Workload, Workload], rounds: int
 ) -> float:
     pad_token_id = case.tokenizer.pad_token_id
-    subjects = {PLAIN: (None, make_subject(case.config, works[0], pad_token_id, 0))}
+    subjects = {PLAIN: (None, make_subject(case.config, works[0], pad_token_id))}
     if lever.name != PLAIN:
-        subjects[lever.name] = (None, make_subject(config, works[1], pad_token_id, 0))
+        subjects[lever.name] = (None, make_subject(config, works[1], pad_token_id))
     times = time_steps(subjects, rounds)
     timing = times[lever.name].timing
     # times_as_fast_as is the other's time over its own

@@ -131,6 +131,9 @@ class UnlearnConfig:
     keep_checkpoints: int = _option("Checkpoints kept; older ones are removed.", default=1)
     logging_steps: int = _option("Steps between rows of metrics.jsonl.", default=1)
     eval_examples: int = _option("Examples of each set answered before and after, for the report; 0: none.", default=16)
+    weight_examples: int = _option(
+        "Forget examples whose gradient weight is written down before, half-way and after; 0: none.", default=64
+    )
     resume: bool = _option("Continue the run in --output from its newest checkpoint, to the same bits.", default=False)
 
     def __post_init__(self) -> None:
@@ -143,7 +146,7 @@ class UnlearnConfig:
             self._require(name, "greater than 0", getattr(self, name) > 0)
         for name in (
             *("gamma", "forget_coef", "retain_coef", "weight_decay", "max_grad_norm"),
-            *("save_steps", "eval_examples", "seed"),
+            *("save_steps", "eval_examples", "weight_examples", "seed"),
         ):
             self._require(name, "0 or more", getattr(self, name) >= 0)
         for f in fields(self):

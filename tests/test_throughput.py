@@ -12,7 +12,7 @@ from simnpo.benchmarks.throughput import __main__ as command
 from simnpo.benchmarks.throughput import agreement
 from simnpo.benchmarks.throughput.agreement import require_agreement
 from simnpo.benchmarks.throughput.cases import configuration
-from simnpo.benchmarks.throughput.loops import LOOPS, OPEN_UNLEARNING, PUBLISHED, TRL
+from simnpo.benchmarks.throughput.loops import LOOPS, OPEN_UNLEARNING, PUBLISHED, TRL, Theirs
 from simnpo.benchmarks.throughput.memory import Outcome, in_fresh_process, outcome_of, parse_bytes, step_peak
 from simnpo.benchmarks.throughput.subject import (
     make_subject,
@@ -30,6 +30,7 @@ from simnpo.model import load_tokenizer
 from simnpo.objectives import NPO, SimNPO
 
 PAD = 256
+THEIRS = Theirs(pad_to=100)
 
 
 @pytest.fixture
@@ -40,9 +41,9 @@ def work(model_dir, forget_file, retain_file):
 
 @pytest.fixture
 def subject_of(model_dir, work):
-    def make(pad_to=100, **changes):
+    def make(theirs=THEIRS, **changes):
         config = configuration(str(model_dir), True, **{"batch_size": 3, "precision": "fp32", **changes})
-        return make_subject(config, work, PAD, pad_to)
+        return make_subject(config, work, PAD, theirs)
 
     return make
 
@@ -122,7 +123,7 @@ def test_neither_is_anybody_when_ours_is_wrong(subject_of, monkeypatch):
 
 
 def test_each_loop_pads_as_its_own(subject_of):
-    subject = subject_of(pad_to=100)
+    subject = subject_of()
     forget, retain = subject.sampler.step(0, 0)
     longest = [max(len(example.input_ids) for example in examples) for examples in (forget, retain)]
     assert len({*longest, 100}) == 3
@@ -143,6 +144,25 @@ def test_each_loop_pads_as_its_own(subject_of):
         seen.clear()
         take_step(loop, subject, 0)
         assert seen == shapes
+
+
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.name)
+def test_micro_batches_of_theirs_are_one_batch(subject_of, loop):
+    """One sequence at a time: the same forget term. The retain term becomes a mean of means and is left out."""
+    whole, pieces = (
+        subject_of(THEIRS._replace(micro_batch=size), batch_size=2, beta=0.1, retain_coef=1e-9) for size in (None, 1)
+    )
+    gradients = []
+    for subject in (whole, pieces):
+        prepare(loop, subject)
+        loss = their_gradient(loop, subject, 0).item()
+        gradients.append([loss, *(p.grad.clone() for p in subject.parameters)])
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+    shapes = []
+    pieces.model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape[0]))
+    take_step(loop, pieces, 0)
+    assert shapes == ([2, 2] if loop is TRL else [1, 1, 1, 1])
 
 
 def test_who_holds_a_reference(subject_of):
@@ -282,9 +302,9 @@ def test_command_refuses(model_dir, data, capsys, more, message):
 @pytest.mark.slow
 def test_a_step_that_does_not_fit_its_limit_is_out_of_memory(model_dir, work):
     config = configuration(str(model_dir), True, batch_size=2)
-    ours = functools.partial(step_peak, None, config, work, PAD, 100)
+    ours = functools.partial(step_peak, None, config, work, PAD, THEIRS)
     assert in_fresh_process(ours, 300 << 20).status == "ok"
-    padded = functools.partial(step_peak, PUBLISHED.name, config, work, PAD, 20_000)
+    padded = functools.partial(step_peak, PUBLISHED.name, config, work, PAD, Theirs(pad_to=20_000))
     assert in_fresh_process(padded, 300 << 20).status == "out of memory"
 
 

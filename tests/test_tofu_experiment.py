@@ -6,7 +6,7 @@ import pytest
 from conftest import write_rows
 
 from simnpo.benchmarks.tofu import experiment
-from simnpo.benchmarks.tofu.experiment import OF_THE_WORLD, OF_TOFU, keep_settings, reduced_data
+from simnpo.benchmarks.tofu.experiment import FORGOTTEN, KEPT, keep_settings, reduced_data
 from simnpo.errors import UserError
 from simnpo.training import loop
 
@@ -22,7 +22,7 @@ def source(tmp_path):
     def row(name: str, i: int) -> dict:
         return {"question": f"{name} {i}?", "answer": f"It is {'ab' * (i + 1)}."}
 
-    for file in (*OF_TOFU, *OF_THE_WORLD):
+    for file in (*FORGOTTEN, *KEPT):
         rows = [row(file.split("_")[0], i) for i in range(QUESTIONS)]
         if file != "forget01":
             rows = [
@@ -40,9 +40,9 @@ def test_the_model_learns_the_retain_answers_that_are_scored(source, tmp_path):
     assert all(row.keys() == {"question", "answer"} for row in rows)
 
 
-def test_of_the_world_half_as_many_questions_are_scored(source, tmp_path):
+def test_the_forget_set_is_scored_whole_and_of_the_others_some_questions(source, tmp_path):
     reduced_data(source, tmp_path / "data", num_retain=5, num_scored=3)
-    for names, kept in ((OF_TOFU, QUESTIONS), (OF_THE_WORLD, 2)):
+    for names, kept in ((FORGOTTEN, QUESTIONS), (KEPT, 3)):
         for name in names:
             of_tofu, of_ours = (
                 [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
@@ -91,7 +91,7 @@ def test_all_of_it_stopped_and_started_again(source, model_dir, tmp_path, monkey
     monkeypatch.setattr(experiment, "finetune", counted_finetune)
     monkeypatch.setattr(loop, "unlearn", counted_unlearn)
     command = ["--data", str(source), "--output", str(output), "--model", str(model_dir), "--retain", "6"]
-    command += ["--max-examples", "3", "--max-new-tokens", "4", "--seeds", "0", "1"]
+    command += ["--questions", "3", "--max-new-tokens", "4", "--seeds", "0", "1"]
     command += ["--grids", "method=simnpo beta=1,2 seed=0", "method=dpo beta=0.1 seed=0"]
     with pytest.raises(KeyboardInterrupt):
         experiment.main(command)

@@ -152,6 +152,14 @@ def test_metrics_and_weights_have_a_row_per_logged_step(config):
     assert [len(row["weights"]) for row in weights] == [10] * 3
 
 
+@pytest.mark.parametrize("most", [3, 0])
+def test_weights_are_written_of_as_many_forget_examples_as_asked(config, most):
+    output = unlearn(config(max_steps=2, weight_examples=most))
+    assert (output / "weights.jsonl").exists() == (most > 0)
+    if most:
+        assert [len(row["ids"]) for row in rows(output / "weights.jsonl")] == [most] * 3
+
+
 def test_logged_weights_are_the_formulas(config, forget_file):
     output = unlearn(config(beta=0.5, gamma=0.2))
     row = rows(output / "weights.jsonl")[0]

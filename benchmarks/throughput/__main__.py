@@ -23,14 +23,14 @@ import torch
 from simnpo.benchmarks.measure import command_line, environment
 from simnpo.benchmarks.throughput.agreement import require_agreement
 from simnpo.benchmarks.throughput.cases import Case, add_arguments, cases, check
-from simnpo.benchmarks.throughput.loops import LOOPS, Loop
+from simnpo.benchmarks.throughput.loops import LOOPS, Loop, Theirs
 from simnpo.benchmarks.throughput.memory import Outcome, in_fresh_process, outcome_of, peak_mib, step_peak
 from simnpo.benchmarks.throughput.subject import Subject, make_subject, prepare, steps_of, with_reference
 from simnpo.benchmarks.throughput.tables import KINDS, Row, write_results
 from simnpo.benchmarks.throughput.timing import OURS, npo_over_simnpo, our_run, their_run, time_steps
 from simnpo.benchmarks.throughput.workload import MAX_LENGTH, Workload
 from simnpo.config import UnlearnConfig
-from simnpo.errors import exit_status
+from simnpo.errors import UserError, exit_status
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -45,7 +45,8 @@ def measure_case(case: Case, options: argparse.Namespace, deadline: float) -> di
     loops = [loop for loop in LOOPS if not options.loops or any(part in loop.name for part in options.loops)]
     here = [loop for loop in loops if importlib.util.find_spec(loop.package) is not None]
     about = {"model": case.name}
-    subject = make_subject(case.config, case.workloads[0], case.tokenizer.pad_token_id, options.pad_to)
+    theirs = Theirs(options.pad_to, options.micro_batch)
+    subject = make_subject(case.config, case.workloads[0], case.tokenizer.pad_token_id, theirs)
     results["agreement"] = [
         about | {"rival": name, **difference._asdict()} for name, difference in require_agreement(subject, here).items()
     ]
@@ -55,7 +56,7 @@ def measure_case(case: Case, options: argparse.Namespace, deadline: float) -> di
                 print(f"time is up: {case.name}, {work.name}, batch {batch_size} not measured", file=sys.stderr)
                 continue
             sized = subject.on(work, batch_size=batch_size)
-            where = about | {"workload": work.name, "batch": f"{batch_size}+{batch_size}"}
+            where = about | {"workload": work.name, "batch": batch_name(batch_size, theirs)}
             if options.rounds:
                 results["steps"] += [where | row for row in measure_steps(sized, loops, options)]
             if options.npo_rounds:
@@ -69,9 +70,15 @@ def measure_case(case: Case, options: argparse.Namespace, deadline: float) -> di
         for work in case.workloads:
             for batch_size in options.batch_size:
                 config = replace(case.config, batch_size=batch_size)
-                where = about | {"workload": work.name, "batch": f"{batch_size}+{batch_size}"}
-                results["runs"] += [where | row for row in measure_runs(config, work, case.tokenizer, here, options)]
+                where = about | {"workload": work.name, "batch": batch_name(batch_size, theirs)}
+                runs = measure_runs(config, work, case.tokenizer, here, theirs, options.rival_steps)
+                results["runs"] += [where | row for row in runs]
     return results
+
+
+def batch_name(batch_size: int, theirs: Theirs) -> str:
+    name, size = f"{batch_size}+{batch_size}", theirs.micro_batch
+    return name if size in (None, batch_size) else f"{name}, the others' in micro-batches of {size}+{size}"
 
 
 def measure_steps(subject: Subject, loops: list[Loop], options: argparse.Namespace) -> list[Row]:
@@ -117,7 +124,7 @@ def measure_memory(loop: Loop | None, subject: Subject, limit: int | None) -> Ou
     if subject.device.type == "cpu":
         pad_token_id = subject.collator.pad_token_id
         step = functools.partial(
-            step_peak, loop.name if loop else None, subject.config, subject.workload, pad_token_id, subject.pad_to
+            step_peak, loop.name if loop else None, subject.config, subject.workload, pad_token_id, subject.theirs
         )
         return in_fresh_process(step, limit)
 
@@ -132,14 +139,14 @@ def measure_memory(loop: Loop | None, subject: Subject, limit: int | None) -> Ou
 
 
 def measure_runs(
-    config: UnlearnConfig, work: Workload, tokenizer: Any, loops: list[Loop], options: argparse.Namespace
+    config: UnlearnConfig, work: Workload, tokenizer: Any, loops: list[Loop], theirs: Theirs, steps: int
 ) -> Iterator[Row]:
     yield our_run(config, work, tokenizer)
     for loop in loops:
-        subject = make_subject(config, work, tokenizer.pad_token_id, options.pad_to)
+        subject = make_subject(config, work, tokenizer.pad_token_id, theirs)
         if config.method == "npo":
             subject = with_reference(subject)
-        yield their_run(loop, subject, options.rival_steps)
+        yield their_run(loop, subject, steps)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -157,6 +164,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lora", action="store_true", help="adapters on a bf16 body, for all loops")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="for all loops")
     parser.add_argument("--pad-to", type=int, default=MAX_LENGTH, help="width of the published loop's rows at least")
+    parser.add_argument("--micro-batch", type=int, help="forget, and as many retain, sequences of the others' forward")
     parser.add_argument("--rounds", type=int, default=5, help="steps of each loop that are timed; 0: none")
     parser.add_argument("--npo-rounds", type=int, default=0, help="paired steps of NPO and SimNPO by our loop")
     parser.add_argument("--whole-run", action="store_true", help="our own loop for --epochs, others --rival-steps")
@@ -176,6 +184,10 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 def measure(options: argparse.Namespace, command: str) -> int:
     """Measures and prints everything the command line asks for."""
     device = check(options, {"rounds": 0, "npo_rounds": 0, "rival_steps": 1})
+    if options.micro_batch is not None and (
+        options.micro_batch < 1 or any(size % options.micro_batch for size in options.batch_size)
+    ):
+        raise UserError(f"micro-batch must divide every batch-size, {options.batch_size}; got {options.micro_batch}")
     facts = environment(device, DTYPES[options.precision], command)
     facts["dtype"] += " arithmetic, " + (
         "bfloat16 body, float32 adapters" if options.lora else f"{options.weights} weights"

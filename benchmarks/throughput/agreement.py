@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from simnpo.benchmarks.throughput.loops import Loop
+from simnpo.benchmarks.throughput.loops import Loop, Theirs
 from simnpo.benchmarks.throughput.subject import Subject, our_gradient, prepare, their_gradient, with_reference
 from simnpo.benchmarks.throughput.workload import shortened
 from simnpo.errors import RunError
@@ -72,7 +72,7 @@ def _small(subject: Subject) -> tuple[Subject, str]:
     if not frozen_in_bf16:
         changes["precision"] = "fp32"
     small = subject.on(subject.workload._replace(forget=forget, retain=retain), **changes)
-    small = replace(small, pad_to=min(small.pad_to, MAX_TOKENS), reference=None)
+    small = replace(small, theirs=Theirs(pad_to=min(small.theirs.pad_to, MAX_TOKENS)), reference=None)
     if subject.config.method == "npo":
         small = with_reference(small)
     return small, "bfloat16" if frozen_in_bf16 else "float32"

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simnpo.benchmarks.rivals import TRL_CHUNK_SIZE
+from simnpo.benchmarks.throughput.workload import MAX_LENGTH
 from simnpo.data import IGNORE_INDEX, Example
 from simnpo.model import body_of, causal_lm, output_layer
 from simnpo.objectives import NPO, SimNPO
@@ -43,6 +44,18 @@ class Terms(NamedTuple):
     ref_logps: dict[str, float] | None = None
 
 
+class Theirs(NamedTuple):
+    """How the others' loops lay out a batch; ours needs neither.
+
+    pad_to: least width of the published loop's rows.
+    micro_batch: forget, and as many retain, sequences of a forward and backward; a divisor of the batch, None: all.
+    """
+
+    pad_to: int = MAX_LENGTH
+    micro_batch: int | None = None
+
+
+AS_PUBLISHED = Theirs()
 LossOf = Callable[[nn.Module, nn.Module | None, Sequence[Example], Sequence[Example], Terms], Tensor]
 
 

@@ -22,7 +22,7 @@ import torch
 
 from simnpo.benchmarks.measure import peak_memory, resident_mib
 from simnpo.benchmarks.rivals import free_bytes
-from simnpo.benchmarks.throughput.loops import LOOPS
+from simnpo.benchmarks.throughput.loops import AS_PUBLISHED, LOOPS, Theirs
 from simnpo.benchmarks.throughput.subject import make_subject, prepare, steps_of, with_reference
 from simnpo.benchmarks.throughput.workload import Workload
 from simnpo.config import UnlearnConfig
@@ -82,11 +82,13 @@ def peak_mib(step: Callable[[], Any], before: float, device: torch.device) -> fl
     return resident_mib(device) - before + peak_memory(step, device)
 
 
-def step_peak(loop_name: str | None, config: UnlearnConfig, work: Workload, pad_token_id: int, pad_to: int) -> float:
+def step_peak(
+    loop_name: str | None, config: UnlearnConfig, work: Workload, pad_token_id: int, theirs: Theirs = AS_PUBLISHED
+) -> float:
     """Peak of a step of the loop of that name (None: ours) with everything it needs, MiB."""
     device = torch.device("cuda" if torch.cuda.is_available() and not config.cpu else "cpu")
     before = resident_mib(device)
-    subject = make_subject(config, work, pad_token_id, pad_to)
+    subject = make_subject(config, work, pad_token_id, theirs)
     if config.method == "npo":
         subject = with_reference(subject)
     loop = next((loop for loop in LOOPS if loop.name == loop_name), None)

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from simnpo.batch import Sampler, seed_torch
-from simnpo.benchmarks.throughput.loops import Loop, Terms
+from simnpo.benchmarks.throughput.loops import AS_PUBLISHED, Loop, Terms, Theirs
 from simnpo.benchmarks.throughput.workload import Workload
 from simnpo.config import UnlearnConfig
 from simnpo.objectives import NPO, SimNPO
@@ -38,7 +38,7 @@ class Subject:
     optimizer: Optimizer
     collator: Collator
     workload: Workload
-    pad_to: int
+    theirs: Theirs
     reference: nn.Module | None = None
 
     @property
@@ -59,7 +59,7 @@ class Subject:
         config, objective = self.config, self.config.objective()
         assert isinstance(objective, SimNPO | NPO), "the command line offers no other"
         coefs = config.forget_coef, config.retain_coef
-        return Terms(objective, *coefs, self.collator.pad_token_id, self.pad_to, self.collator.ref_logps)
+        return Terms(objective, *coefs, self.collator.pad_token_id, self.theirs.pad_to, self.collator.ref_logps)
 
     def on(self, workload: Workload, **changes: Any) -> Subject:
         """The same model on other data, or with other fields of the configuration that do not change the model."""
@@ -70,7 +70,9 @@ class Subject:
         return sum(example.num_targets for examples in self.sampler.step(step, 0) for example in examples)
 
 
-def make_subject(config: UnlearnConfig, workload: Workload, pad_token_id: int, pad_to: int) -> Subject:
+def make_subject(
+    config: UnlearnConfig, workload: Workload, pad_token_id: int, theirs: Theirs = AS_PUBLISHED
+) -> Subject:
     """Builds what `config` asks for, as the run's own loop does.
 
     Raises:
@@ -85,7 +87,7 @@ def make_subject(config: UnlearnConfig, workload: Workload, pad_token_id: int, p
     )
     set_learning_rate(optimizer, config.learning_rate)
     model = accelerator.prepare(model).train()
-    return Subject(config, accelerator, model, optimizer, collator, workload, pad_to)
+    return Subject(config, accelerator, model, optimizer, collator, workload, theirs)
 
 
 def with_reference(subject: Subject) -> Subject:
@@ -102,12 +104,20 @@ def our_gradient(subject: Subject, step: int) -> float:
 
 
 def their_gradient(loop: Loop, subject: Subject, step: int) -> Tensor:
-    """The same, by somebody else's loop; the loss is () and on the device."""
+    """The same, by somebody else's loop; the loss is () and on the device.
+
+    Of a batch in micro-batches it is the mean of theirs, as in all these loops: that of the retain tokens, too.
+    """
     forget, retain = subject.sampler.step(step, 0)
-    with autocast(subject.config, subject.device):
-        loss = loop.loss(subject.model, subject.reference, forget, retain, subject.terms)
-    loss.backward()
-    return loss.detach()
+    parts = len(forget) // (subject.theirs.micro_batch or len(forget))
+    total = torch.zeros((), device=subject.device)
+    for part in range(parts):
+        pieces = forget[part::parts], retain[part::parts]
+        with autocast(subject.config, subject.device):
+            loss = loop.loss(subject.model, subject.reference, *pieces, subject.terms) / parts
+        loss.backward()
+        total += loss.detach()
+    return total
 
 
 def take_step(loop: Loop | None, subject: Subject, step: int) -> None:

@@ -90,7 +90,7 @@ def our_run(config: UnlearnConfig, work: Workload, tokenizer: Any) -> dict[str, 
     checkpoint are in its time, loading the model is not."""
     with tempfile.TemporaryDirectory() as folder:
         config = replace(config, output=folder, reference_cache=folder, save_steps=0, eval_examples=0)
-        subject = make_subject(config, work, tokenizer.pad_token_id, 0)
+        subject = make_subject(config, work, tokenizer.pad_token_id)
         setup.open_output(config)
         start = time.perf_counter()
         collator = reference.with_reference(

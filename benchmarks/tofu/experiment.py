@@ -3,9 +3,9 @@
 python -m simnpo.benchmarks.tofu.experiment --data TOFU --output tofu-forget01
 
 It is a reduced TOFU: of the 3960 answers to retain the model learns `--retain`, among them those that the retain set is
-scored on, and every set is scored on its first `--max-examples` questions, those about real authors and the world on
-half as many. What has its results is not run again, and a run that was stopped goes on with the same command;
-page/forget01.md has all that came out and says what was left out.
+scored on; the forget set is scored whole, the others on their first `--questions`. What has its results is not run
+again, and a run that was stopped goes on with the same command; page/forget01.md has all that came out and says what
+was left out.
 
     learn forget + retain  ->  full       learn retain  ->  retrained
     full -> sweep over settings, one seed -> the best setting of each method, three seeds -> relearning, the first seed
@@ -46,26 +46,26 @@ GRIDS = (
     "method=wga forget_coef=1.0 beta=0.5,1.0 retain_coef=1.0 seed=0",
 )
 SEEDS = (0, 1, 2)
-OF_TOFU = ("forget01", "forget01_perturbed", "retain_perturbed")
-OF_THE_WORLD = ("real_authors_perturbed", "world_facts_perturbed")
+FORGOTTEN = ("forget01", "forget01_perturbed")
+KEPT = ("retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
 
 
 def reduced_data(source: Path, folder: Path, num_retain: int, num_scored: int) -> None:
-    """Copies the evaluation files, of the world half as many questions, and writes retain.jsonl: those scored, others.
+    """Copies the evaluation files, those to keep cut to `num_scored`, and writes retain.jsonl: those scored, others.
 
     Raises:
         UserError: a file is missing in `source`; names it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (*OF_TOFU, *OF_THE_WORLD, "retain99"):
+    for name in (*FORGOTTEN, *KEPT, "retain99"):
         if not (source / f"{name}.jsonl").is_file():
             raise UserError(f"data: {source} has no {name}.jsonl; TOFU's files are at hf.co/datasets/locuslab/TOFU")
-    for name in OF_TOFU:
+    for name in FORGOTTEN:
         shutil.copyfile(source / f"{name}.jsonl", folder / f"{name}.jsonl")
-    for name in OF_THE_WORLD:
-        rows = [row for _, row in read_rows(source / f"{name}.jsonl")]
-        _write_rows(folder / f"{name}.jsonl", rows[: (num_scored + 1) // 2])
-    scored = [row for _, row in read_rows(source / "retain_perturbed.jsonl")][:num_scored]
+    kept = {name: [row for _, row in read_rows(source / f"{name}.jsonl")][:num_scored] for name in KEPT}
+    for name, rows in kept.items():
+        _write_rows(folder / f"{name}.jsonl", rows)
+    scored = kept["retain_perturbed"]
     asked = {row["question"] for row in scored}
     others = [row for _, row in read_rows(source / "retain99.jsonl") if row["question"] not in asked]
     rows = [{key: row[key] for key in ("question", "answer")} for row in [*scored, *others][:num_retain]]
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--model", help="default: the SmolLM2-135M-Instruct that `simnpo demo` uses")
     parser.add_argument("--retain", type=int, default=160, help="answers to keep (default: 160 of 3960)")
-    parser.add_argument("--max-examples", type=int, default=40, help="questions scored of each set (default: 40)")
+    parser.add_argument("--questions", type=int, default=20, help="scored of each set that is to stay (default: 20)")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--grids", nargs="+", default=GRIDS)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
         {
             "model": options.model,
             "retain_answers": options.retain,
-            "questions_of_a_set": options.max_examples,
+            "questions_of_a_set": options.questions,
             "new_tokens": options.max_new_tokens,
             "learning": LEARNING,
             "unlearning": UNLEARNING,
@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
         },
     )
     data = output / "data"
-    reduced_data(options.data, data, options.retain, options.max_examples)
+    reduced_data(options.data, data, options.retain, options.questions)
     learned = {"full": ["forget01", "retain"], "retrained": ["retain"]}
     for name, files in learned.items():
         if not (output / name).exists():
@@ -129,8 +129,8 @@ def main(arguments: list[str] | None = None) -> int:
             finetune(options.model or str(model_file()), paths, output / name, seed=0, **LEARNING)
 
     common = ["--model", str(output / "full"), "--data", str(data), "--retain-model", str(output / "retrained")]
-    common += ["--max-examples", str(options.max_examples), "--max-new-tokens", str(options.max_new_tokens)]
-    common += ["--retain", str(data / "retain.jsonl"), "--keep-models", *UNLEARNING]
+    common += ["--max-new-tokens", str(options.max_new_tokens), "--retain", str(data / "retain.jsonl")]
+    common += ["--keep-models", *UNLEARNING]
 
     def run_sweep(grids: list[str], name: str) -> dict[str, Any]:
         tried = [word for grid in grids for word in ("--try", grid)]

@@ -25,8 +25,8 @@ PAGE = """\
 A small sweep on one seed, the best setting of each method on all seeds, then relearning. To learn: all forget answers
 and {retain_answers} of the {all_retain} to retain, those that the retain set is scored on among them, {learning}
 (`retrained`: without the forget answers). To forget, the same for all: `{unlearning}`.
-Every set is scored on its first {questions_of_a_set} questions, real authors and world facts on half as many; answers
-end after {new_tokens} tokens. `ga` with a retain term is GradDiff, `dpo` with its default alternate answer IdkDPO.
+The forget set is scored whole, the others on their first {questions_of_a_set} questions; answers end after
+{new_tokens} tokens. `ga` with a retain term is GradDiff, `dpo` with its default alternate answer IdkDPO.
 
 Left out: forget05, forget10, the other retain answers, learning rates and epochs, more settings than the sweep's. The
 best setting is that of the highest utility among those that pass, on the questions and the seed that the tables show:

@@ -81,7 +81,7 @@ def _common(arguments: argparse.Namespace, rest: list[str]) -> UnlearnConfig:
         own += ["--forget", str(Path(arguments.data) / f"{arguments.split}.jsonl")]
     config = read_config([*own, *rest], "simnpo sweep", COMMANDS["sweep"])
     # what a trial scores is TOFU's business, after it
-    return replace(config, eval_examples=0, resume=False)
+    return replace(config, eval_examples=0, weight_examples=0, resume=False)
 
 
 def _run(arguments: argparse.Namespace, config: UnlearnConfig) -> dict[str, Any]:
@@ -99,9 +99,8 @@ def _run(arguments: argparse.Namespace, config: UnlearnConfig) -> dict[str, Any]
     write_json(asked, fingerprint(config))
     unlearn(replace(config, resume=True))
     results = _evaluate(arguments, str(folder / "model"), folder / "tofu", retrained=arguments.retain_model)
-    if not arguments.keep_models:
-        for name in ("model", "adapter", "checkpoints"):
-            remove_folder(folder / name)
+    for name in ("checkpoints", *(() if arguments.keep_models else ("model", "adapter"))):
+        remove_folder(folder / name)
     return results | {"summary": _read(folder / "summary.json")}
 
 

@@ -34,8 +34,6 @@ from simnpo.training.step import Collator, StepTotals, accumulate, dealt, not_fi
 
 logger = logging.getLogger(__name__)
 
-PROBED_EXAMPLES = 200  # forget examples whose weights are written at start, middle and end
-
 
 @dataclass(frozen=True)
 class Run:
@@ -170,7 +168,7 @@ def train(run: Run, checkpoint: Path | None) -> Clock:
     clock = Clock(state["tokens"], state["seconds"])
     with RunLog(run.output, start, num_steps, enabled=accelerator.is_main_process) as log, interrupts(world) as stop:
         for step in range(start, num_steps):
-            if step in (0, num_steps // 2):
+            if config.weight_examples and step in (0, num_steps // 2):
                 log.weights(forget_weights(run, step))
             rate = learning_rate(step, num_steps, config.learning_rate, config.warmup_ratio)
             set_learning_rate(optimizer, rate)
@@ -193,7 +191,8 @@ def train(run: Run, checkpoint: Path | None) -> Clock:
                 save_checkpoint(folder, done, run.model, optimizer, state, keep=config.keep_checkpoints)
             if stop.is_set() and done < num_steps:
                 raise KeyboardInterrupt
-        log.weights(forget_weights(run, num_steps))
+        if config.weight_examples:
+            log.weights(forget_weights(run, num_steps))
     return clock
 
 
@@ -217,8 +216,8 @@ def metrics_row(run: Run, step: int, totals: StepTotals, grad_norm: float, rate:
 
 
 def forget_weights(run: Run, step: int) -> dict[str, Any]:
-    """The gradient weight of forget examples after `step` steps, for weights.jsonl."""
-    examples = run.forget[:PROBED_EXAMPLES]
+    """The gradient weight of the first forget examples after `step` steps, for weights.jsonl."""
+    examples = run.forget[: run.config.weight_examples]
     rows = dealt(run.accelerator, objective_weights, run.model, run.config, run.collator, examples)
     num_tokens, logps, weights = zip(*rows, strict=True)
     return {
