@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         measure = measured_seconds if arguments.time else measured_mib
         print(measure(CASES[arguments.case], arguments.folder))
         return 0
-    lines, worst = [], 0.0
+    lines, worst, ratios = [], 0.0, []
     cpu = torch.device("cpu")
     machines = {name: make_machine(cpu, name, memory=1e12, on_gpu=False) for name in PRECISIONS}
     with tempfile.TemporaryDirectory() as folder:
@@ -117,9 +117,10 @@ def main(argv: list[str] | None = None) -> int:
             tokens = f"{sum(case.forget)} + {sum(case.retain)}"
             memory = f"{mib:.0f} | {found:.0f} | {mib / found:.3f}"
             times = f"{expected.step_seconds:.3g} | {seconds:.3g} | {expected.step_seconds / seconds:.2f}"
+            ratios.append(expected.step_seconds / seconds)
             lines.append(f"| {case.name} | {options or 'none'} | {tokens} | {memory} | {times} |")
             print(lines[-1], flush=True)
-    arguments.output.write_text(_page(lines, worst), encoding="utf-8")
+    arguments.output.write_text(_page(lines, worst, ratios), encoding="utf-8")
     return int(worst > 0.1)
 
 
@@ -200,17 +201,17 @@ def take_steps(case: Case, folder: Path, num_steps: int = 2) -> list[float]:
     return seconds
 
 
-def _page(lines: list[str], worst: float) -> str:
+def _page(lines: list[str], worst: float, ratios: list[float]) -> str:
     facts = environment(torch.device("cpu"), torch.bfloat16, "python -m simnpo.benchmarks.plan_accuracy")
     stated = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     return f"""# Predicted and measured peak memory and time of a step, CPU
 
 The prediction is that of `simnpo plan` and of `simnpo unlearn --auto`. Measured: the high-water mark of a fresh process
 over what it had before the model was made, two steps of the loop, freed memory given back at once
-(`MALLOC_MMAP_THRESHOLD_={MMAP_THRESHOLD}`). Tokens are forget + retain. The largest error is {worst:.1%}.
+(`MALLOC_MMAP_THRESHOLD_={MMAP_THRESHOLD}`). Tokens are forget + retain. The largest error in memory is {worst:.1%}.
 
 Seconds are predicted from two rates measured here, of one large product and of one copy, and measured in another fresh
-process: the median of three steps after the first.
+process: the median of three steps after the first. The prediction is {min(ratios):.2f} to {max(ratios):.2f} of that.
 
 | model | memory options | tokens | predicted MiB | measured MiB | ratio | predicted s | measured s | ratio |
 |---|---|---|---|---|---|---|---|---|
