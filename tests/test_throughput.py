@@ -289,6 +289,7 @@ def test_command_times_nothing_when_the_loops_differ(model_dir, data, monkeypatc
     ("more", "message"),
     [
         (["--rounds", "-1"], "rounds must be at least 0, got -1"),
+        (["--batch-size", "4", "6", "--micro-batch", "4"], "micro-batch must divide every batch-size, [4, 6]; got 4"),
         (["--model-shape", "tiny"], "model and model-shape"),
         (["--context", "64"], "data and context"),
         (["--memory-limit", "much"], "memory-limit must be"),
