@@ -46,7 +46,8 @@ def run_on_ranks(world: int, checks: Sequence[Check], folder: Path, *, backend: 
 
 
 def _rank(rank: int, world: int, checks: list[Check], folder: Path, backend: str) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
+    # a fork has no use of its parent's pool of threads: transformers must not load weights in threads there
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_DEACTIVATE_ASYNC_LOAD": "1"}
     torch.set_num_threads(1)
     # what a run of an earlier test has found out about the machine: one process
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -73,6 +73,8 @@ from simnpo.config import UnlearnConfig
 from simnpo.report import plots
 from simnpo.training.loop import unlearn
 
+# the parent's pool of threads is no child's: transformers must not load weights in threads there
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
 # drawn in memory, longer than a step takes
 plots.Figure.savefig = lambda self, png, **_: png.write(b"a picture")
 options, kills, folder = json.loads(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
