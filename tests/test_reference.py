@@ -343,7 +343,6 @@ def check_ranks_share_the_work():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.slow
 @pytest.fixture
 def one_thread():
     """As every rank has: sums in another order round otherwise."""
@@ -353,6 +352,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_ranks_share_the_work_and_get_the_same_bits(settings, monkeypatch, tmp_path):
     monkeypatch.setattr(reference, "MAX_TOKENS", 40)
