@@ -130,6 +130,22 @@ def check_tokens(
             )
 
 
+def check_exact(B: int, exact_logps: Tensor | None, objective: Objective, token_weights: Tensor | None) -> None:
+    """Log-probabilities that are known from elsewhere."""
+    if exact_logps is None:
+        return
+    name = type(objective).__name__
+    if isinstance(objective, (TokenObjective, RowObjective)):
+        raise ValueError(f"exact_logps must be None: {name} weighs single tokens, by nothing that adds up")
+    if token_weights is not None:
+        raise ValueError("exact_logps are sums of unweighted tokens: pass them or token_weights, not both")
+    if exact_logps.shape != (B,) or exact_logps.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"exact_logps must be ({B},) float32 or float64, one per sequence, "
+            f"got {tuple(exact_logps.shape)} {exact_logps.dtype}"
+        )
+
+
 def check_budget(gradient_error: float, objective: Objective, dtype: torch.dtype) -> None:
     """Whether the gradient budget fits the objective."""
     name = type(objective).__name__

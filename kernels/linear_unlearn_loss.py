@@ -31,6 +31,7 @@ from simnpo.kernels.backend import Impl, uncompiled
 from simnpo.kernels.batch_kl import fold_in_kl
 from simnpo.kernels.checks import (
     check_budget,
+    check_exact,
     check_head,
     check_rows,
     check_sequences,
@@ -183,9 +184,9 @@ def reduce_losses(plan: SequencePlan, results: SequenceResults, forget_coef: flo
 def linear_unlearn_loss(
     hidden_states: Tensor, lm_head_weight: Tensor, targets: Tensor, objective: Objective, *,
     cu_seqlens: Tensor | None = None, retain_mask: Tensor | None = None, ref_logps: Tensor | None = None,
-    ref_token_logps: Tensor | None = None, token_weights: Tensor | None = None, alternates: Tensor | None = None,
-    forget_coef: float = 1.0, retain_coef: float = 1.0, num_forget: int | None = None,
-    num_retain_tokens: int | None = None, bias: Tensor | None = None, logit_scale: float = 1.0,
+    exact_logps: Tensor | None = None, ref_token_logps: Tensor | None = None, token_weights: Tensor | None = None,
+    alternates: Tensor | None = None, forget_coef: float = 1.0, retain_coef: float = 1.0,
+    num_forget: int | None = None, num_retain_tokens: int | None = None, bias: Tensor | None = None, logit_scale: float = 1.0,
     logit_softcap: float | None = None, gradient_error: float = 0.0,
     logits_dtype: torch.dtype | None = None, chunk_tokens: int | None = None, impl: Impl = "auto",
     vocab_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None,
@@ -202,6 +203,10 @@ def linear_unlearn_loss(
         retain_mask: (B,) bool, True for a retain sequence; None: all forget.
         ref_logps: (B,) log-probabilities under the reference policy, nats, for NPO, NNPO, DPO and KTO; ignored at
             retain sequences.
+        exact_logps: (B,) log-probabilities of the sequences under the policy, nats, from arithmetic more exact than that
+            of hidden_states, whose rounding adds up over a long sequence: the loss and the weights are those of these
+            sums, the gradient stays that of hidden_states. Ignored at retain sequences; not for objectives of single
+            tokens or rows. None: they are summed here.
         ref_token_logps: like targets, those of each target, for TNPO and WTNPO.
         token_weights: like targets, factors of the forget tokens' terms: s becomes sum_t w_t l_t, a mean over tokens
             (1/n) sum_t w_t f_t, and n stays the number of tokens that count. Not for KTO.
@@ -238,6 +243,7 @@ def linear_unlearn_loss(
     bounds = sequence_bounds(targets, cu_seqlens)
     check_sequences(len(bounds) - 1, retain_mask, ref_logps, objective, num_forget, num_retain_tokens, alternates)
     check_tokens(targets, objective, token_weights, ref_token_logps)
+    check_exact(len(bounds) - 1, exact_logps, objective, token_weights)
     check_budget(gradient_error, objective, hidden_states.dtype)
     flat, flat_targets = hidden_states.reshape(-1, hidden_states.shape[-1]), targets.reshape(-1)
     needs = needs_gradient(hidden_states, lm_head_weight, bias)
@@ -259,7 +265,8 @@ def linear_unlearn_loss(
             )  # fmt: skip
 
         ref_logps, flat_targets = fold_in_kl(
-            objective, token_logps, flat_targets, bounds, ref_logps, alternates, retain_mask, sequence_group
+            objective, token_logps, flat_targets, bounds, ref_logps, exact_logps, alternates, retain_mask,
+            sequence_group,
         )  # fmt: skip
         layout = read_layout(flat_targets, bounds, retain_mask, V, alternates)
     options, split = split_sequences(sequence_group, options, layout, needs)
@@ -269,8 +276,9 @@ def linear_unlearn_loss(
     per_token = (None if x is None else x.reshape(-1) for x in (token_weights, ref_token_logps))
     with torch.autocast(hidden_states.device.type, enabled=False):
         plan = make_plan(
-            layout, objective, Extras(ref_logps, *per_token), forget_coef, retain_coef, dtype, options.chunk_tokens,
-            aligned=aligned, num_forget=num_forget, num_retain_tokens=num_retain_tokens, split=split,
+            layout, objective, Extras(ref_logps, exact_logps, *per_token), forget_coef, retain_coef, dtype,
+            options.chunk_tokens, aligned=aligned, num_forget=num_forget, num_retain_tokens=num_retain_tokens,
+            split=split,
         )  # fmt: skip
         return UnlearnLoss(
             *_LinearUnlearnLoss.apply(

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from simnpo.kernels.head import HeadOptions, LogitTransform, RowReductions, RowStats, gradient_buffer
 from simnpo.kernels.passes import Passes
+from simnpo.kernels.segment_sums import segment_sums
 from simnpo.kernels.sequence_pass import SequenceResults
 from simnpo.objectives import PairObjective, RowObjective, SequenceObjective, TokenObjective
 from simnpo.objectives.pairs import PairSums
@@ -59,13 +60,6 @@ class TokenTerms(NamedTuple):
 def is_local(objective: object) -> bool:
     """Whether the gradient of a token depends on nothing but the token."""
     return isinstance(objective, (TokenObjective, RowObjective))
-
-
-def segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
-    """(N,) values of S segments, one after another, to their (S,) sums, in the same order every run."""
-    if not len(values):
-        return values.new_zeros(len(lengths))
-    return torch.segment_reduce(values, "sum", lengths=lengths, initial=0.0)
 
 
 def token_terms(
@@ -126,12 +120,16 @@ def sum_terms(plan: SequencePlan, token_logps: Tensor, terms: TokenTerms, result
 
 
 def reduce_span(plan: SequencePlan, span: Span, token_logps: Tensor, results: SequenceResults) -> None:
-    """`sequence_pass` for what has no kernel: other objectives, weighted tokens, sequences spread over ranks."""
+    """`sequence_pass` for what has no kernel: other objectives, weighted tokens, sums that are known better than these
+    tokens give them, sequences spread over ranks.
+    """
     sequences = plan.sequences[slice(*span.sequences)]
     rows = slice(span.pieces[0][0], span.pieces[-1][1]) if span.pieces else slice(0, 0)
     lengths, token_weights = plan.own_tokens[sequences], plan.extras.token_weights
     values = [token_logps[rows]] + ([] if token_weights is None else [token_logps[rows] * token_weights[rows]])
     span_sums = _over_ranks(plan, torch.stack([segment_sums(x, lengths) for x in values]))
+    if plan.extras.exact_logps is not None:
+        span_sums = torch.where(plan.is_retain[sequences], span_sums, plan.extras.exact_logps[sequences])
     results.logps[sequences] = span_sums[0]
     sums = torch.zeros_like(results.logps).index_copy(0, sequences, span_sums[-1])
 

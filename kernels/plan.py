@@ -30,10 +30,11 @@ if TYPE_CHECKING:
 class Extras(NamedTuple):
     """Arguments that some objectives take beside the log-probabilities; None where there are none.
 
-    ref_logps: (B,).   token_weights, ref_token_logps: (flattened batch,).
+    ref_logps, exact_logps: (B,).   token_weights, ref_token_logps: (flattened batch,).
     """
 
     ref_logps: Tensor | None = None
+    exact_logps: Tensor | None = None
     token_weights: Tensor | None = None
     ref_token_logps: Tensor | None = None
 
@@ -47,7 +48,7 @@ class SequencePlan(NamedTuple):
     is_retain: (B,) bool.
     is_alternate: (B,) bool.   partner: (B,) int64, the other side of a pair, and for the rest themselves.
     is_retain_token: (N,) bool.
-    extras: ref_logps (B,); the others (N,), token_weights 1 at retain tokens.
+    extras: ref_logps and exact_logps (B,); the others (N,), token_weights 1 at retain tokens.
     coefs: (N,) d loss / d logp: of retain tokens from the start, of forget tokens from the sequence pass on. Of an
         objective of single tokens or rows, without the token's own slope and known from the start.
     factors: (N,) the coefficients of a unit over its scalar, or None where they are 1.
@@ -76,7 +77,8 @@ class SequencePlan(NamedTuple):
 
     def reduce(self, span: Span, token_logps: Tensor, results: SequenceResults, passes: Passes) -> None:
         """Run the sequence pass over the sequences that end with this span."""
-        plain = self.extras.token_weights is None and self.sequence_group is None
+        extras = self.extras
+        plain = extras.token_weights is None and extras.exact_logps is None and self.sequence_group is None
         if not (plain and isinstance(self.objective, (SimNPO, NPO, GradAscent))):
             reduce_span(self, span, token_logps, results)
             return
@@ -147,7 +149,9 @@ def make_plan(
         coefs += forget_scale / num_tokens.clamp(min=1).to(dtype)
     coefs = per_token(coefs.masked_fill_(retain, -retain_coef / num_retain_tokens)[sequences])
     is_retain_token = per_token(retain[sequences])
-    ref_logps, token_weights, ref_token_logps = (None if x is None else x.to(device, dtype) for x in extras)
+    ref_logps, exact_logps, token_weights, ref_token_logps = (
+        None if x is None else x.to(device, dtype) for x in extras
+    )
     if token_weights is not None:
         token_weights = token_weights[rows].masked_fill(is_retain_token, 1)
         coefs = coefs * token_weights if local else coefs
@@ -159,7 +163,7 @@ def make_plan(
         factors = ratio if factors is None else ratio * factors
     return SequencePlan(
         rows, offsets, sequences, num_tokens, own_tokens, retain, is_alternate, partners, is_retain_token,
-        Extras(ref_logps, token_weights, None if ref_token_logps is None else ref_token_logps[rows]),
+        Extras(ref_logps, exact_logps, token_weights, None if ref_token_logps is None else ref_token_logps[rows]),
         coefs, factors, num_forget, num_retain_tokens, forget_scale, spans, objective,
         None if split is None else split.group,
     )  # fmt: skip

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from simnpo.kernels.backend import LAUNCH_OPTIONS, tl, triton
 from simnpo.kernels.launch import SEQUENCE_PASS
+from simnpo.kernels.segment_sums import segment_sums
 from simnpo.kernels.special import softplus
 from simnpo.objectives import NPO, GradAscent, Objective, SimNPO
 
@@ -120,8 +121,7 @@ def sequence_pass_torch(
     """`sequence_pass` in plain PyTorch: the objective's own formula."""
     lengths = offsets.diff()
     first, last = int(offsets[0]), int(offsets[-1])
-    # segment_reduce adds in a fixed order on every device; index_add_ does not on a GPU
-    logps = torch.segment_reduce(token_logps[first:last], "sum", lengths=lengths, initial=0.0)
+    logps = segment_sums(token_logps[first:last], lengths)
     retain = is_retain[sequences]
     ref = None if ref_logps is None else ref_logps[sequences].to(logps.dtype)
     loss, weight = objective.loss_and_weight(logps, lengths, ref)

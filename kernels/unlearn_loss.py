@@ -15,7 +15,15 @@ from torch import Tensor
 from simnpo.kernels.autograd import first_derivative_only
 from simnpo.kernels.backend import Impl, uncompiled
 from simnpo.kernels.batch_kl import fold_in_kl
-from simnpo.kernels.checks import check_rows, check_sequences, check_targets, check_tokens, read_layout, sequence_bounds
+from simnpo.kernels.checks import (
+    check_exact,
+    check_rows,
+    check_sequences,
+    check_targets,
+    check_tokens,
+    read_layout,
+    sequence_bounds,
+)
 from simnpo.kernels.head import LogitTransform, RowReductions, RowStats, float_dtype
 from simnpo.kernels.linear_unlearn_loss import UnlearnLoss, reduce_losses
 from simnpo.kernels.objective_terms import TokenTerms, gradient_of_terms, is_local, sum_terms
@@ -96,10 +104,10 @@ class _UnlearnLoss(torch.autograd.Function):
 @uncompiled
 def unlearn_loss(
     logits: Tensor, targets: Tensor, objective: Objective, *, cu_seqlens: Tensor | None = None,
-    retain_mask: Tensor | None = None, ref_logps: Tensor | None = None, ref_token_logps: Tensor | None = None,
-    token_weights: Tensor | None = None, alternates: Tensor | None = None, forget_coef: float = 1.0,
-    retain_coef: float = 1.0, num_forget: int | None = None, num_retain_tokens: int | None = None,
-    inplace: bool = False, impl: Impl = "auto",
+    retain_mask: Tensor | None = None, ref_logps: Tensor | None = None, exact_logps: Tensor | None = None,
+    ref_token_logps: Tensor | None = None, token_weights: Tensor | None = None, alternates: Tensor | None = None,
+    forget_coef: float = 1.0, retain_coef: float = 1.0, num_forget: int | None = None,
+    num_retain_tokens: int | None = None, inplace: bool = False, impl: Impl = "auto",
 ) -> UnlearnLoss:  # fmt: skip
     """An unlearning loss of logits that exist already. `linear_unlearn_loss` needs none and a fraction of the memory.
 
@@ -108,8 +116,8 @@ def unlearn_loss(
         targets: (B, T) or (N,) int64 in [0, V), already shifted, -100 where ignored.
         inplace: let the backward write the gradient over the logits. Allowed when nothing else needs them: autograd
             raises when another operation saved them, or on a second backward.
-        objective, cu_seqlens, retain_mask, ref_logps, ref_token_logps, token_weights, alternates, forget_coef,
-            retain_coef, num_forget, num_retain_tokens, impl: see `linear_unlearn_loss`.
+        objective, cu_seqlens, retain_mask, ref_logps, exact_logps, ref_token_logps, token_weights, alternates,
+            forget_coef, retain_coef, num_forget, num_retain_tokens, impl: see `linear_unlearn_loss`.
 
     Returns:
         UnlearnLoss.
@@ -124,6 +132,7 @@ def unlearn_loss(
     bounds = sequence_bounds(targets, cu_seqlens)
     check_sequences(len(bounds) - 1, retain_mask, ref_logps, objective, num_forget, num_retain_tokens, alternates)
     check_tokens(targets, objective, token_weights, ref_token_logps)
+    check_exact(len(bounds) - 1, exact_logps, objective, token_weights)
     check_rows(objective, logits.shape[-1], shared=False)
     if inplace and not logits.is_contiguous():
         raise ValueError("inplace needs contiguous logits: pass logits.contiguous() or inplace=False")
@@ -141,12 +150,12 @@ def unlearn_loss(
             return exact.new_zeros(len(of)).index_copy_(0, rows, logps)
 
         ref_logps, flat_targets = fold_in_kl(
-            objective, token_logps, flat_targets, bounds, ref_logps, alternates, retain_mask
+            objective, token_logps, flat_targets, bounds, ref_logps, exact_logps, alternates, retain_mask
         )  # fmt: skip
         layout = read_layout(flat_targets, bounds, retain_mask, V, alternates)
     per_token = (None if x is None else x.reshape(-1) for x in (token_weights, ref_token_logps))
     plan = make_plan(
-        layout, objective, Extras(ref_logps, *per_token), forget_coef, retain_coef, dtype, max(len(flat), 1),
-        aligned=False, num_forget=num_forget, num_retain_tokens=num_retain_tokens,
+        layout, objective, Extras(ref_logps, exact_logps, *per_token), forget_coef, retain_coef, dtype,
+        max(len(flat), 1), aligned=False, num_forget=num_forget, num_retain_tokens=num_retain_tokens,
     )  # fmt: skip
     return UnlearnLoss(*_UnlearnLoss.apply(flat, flat_targets, plan, passes, forget_coef, retain_coef, inplace))

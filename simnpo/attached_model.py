@@ -41,9 +41,9 @@ from simnpo.objectives import Objective
 
 # arguments of the loss, in the forward of an attached model; without `objective` or `token_logps` they mean nothing
 LOSS_ARGUMENTS = (
-    "shift_labels", "retain_mask", "ref_logps", "ref_token_logps", "token_weights", "alternates", "forget_coef",
-    "retain_coef", "num_forget", "num_retain_tokens", "cu_seqlens", "gradient_error", "logits_dtype", "chunk_tokens",
-    "impl", "sequence_group", "shared_prefix",
+    "shift_labels", "retain_mask", "ref_logps", "exact_logps", "ref_token_logps", "token_weights", "alternates",
+    "forget_coef", "retain_coef", "num_forget", "num_retain_tokens", "cu_seqlens", "gradient_error", "logits_dtype",
+    "chunk_tokens", "impl", "sequence_group", "shared_prefix",
 )  # fmt: skip
 TOKEN_LOGPS_ARGUMENTS = ("cu_seqlens", "gradient_error", "logits_dtype", "chunk_tokens", "impl", "shared_prefix")
 # arguments of the model's own forward that a loss without logits cannot honour
@@ -69,8 +69,9 @@ def attach(model: nn.Module, *, verify: bool = True) -> Any:
         token_logps: True; the call returns (B, T) float32 nats, [b, t] of labels[b, t + 1], 0 where ignored,
             differentiable for any loss.
         retain_mask: (B,) bool, True for a retain sequence.
-        ref_logps: (B,) log-probabilities under the reference policy, nats: a float32 tensor, or a list of floats,
-            which no mixed-precision wrapper can round.
+        ref_logps, exact_logps: (B,) log-probabilities under the reference policy, and under this one where more exact
+            arithmetic than the forward's has given them (`linear_unlearn_loss`), nats: a float32 tensor, or a list of
+            floats, which no mixed-precision wrapper can round.
         num_forget, num_retain_tokens: what the two means divide by, if not the batch's own: the forget sequences and
             retain tokens of all ranks and micro-batches of a step. Where gradients are averaged over ranks (DDP, FSDP,
             ZeRO) the loss is to be multiplied by their number.
@@ -257,14 +258,15 @@ def _loss_forward(lm: Any, objective: Objective | None, token_logps: bool, input
             "labels before they are cut"
         )
     targets = _targets(lm, inputs, options)
-    ref_logps = options.get("ref_logps")
-    if isinstance(ref_logps, Sequence):
-        options["ref_logps"] = torch.tensor(ref_logps, device=targets.device)
-    elif ref_logps is not None and ref_logps.dtype in (torch.float16, torch.bfloat16):
-        raise ValueError(
-            f"ref_logps came in {ref_logps.dtype}, too coarse for the log-probability of a sequence; a mixed-precision "
-            "wrapper casts tensors: pass a list of floats, which it leaves alone"
-        )
+    for name in ("ref_logps", "exact_logps"):
+        logps = options.get(name)
+        if isinstance(logps, Sequence):
+            options[name] = torch.tensor(logps, device=targets.device)
+        elif logps is not None and logps.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"{name} came in {logps.dtype}, too coarse for the log-probability of a sequence; a mixed-precision "
+                "wrapper casts tensors: pass a list of floats, which it leaves alone"
+            )
 
     shared_prefix = options.pop("shared_prefix", 0)
     output = _run_body(lm, inputs, shared_prefix)

@@ -93,8 +93,8 @@ def pair_loss(objective, s, n, ref, s_alt, n_alt, ref_alt) -> Tensor:
 
 def batch_loss(
     objective, logits: Tensor, targets: Tensor, *, retain_mask: Tensor, ref_logps: Tensor, ref_token_logps: Tensor,
-    alternates: Tensor | None = None, token_weights: Tensor | None = None, forget_coef: float = 1.0,
-    retain_coef: float = 1.0,
+    alternates: Tensor | None = None, token_weights: Tensor | None = None, exact_logps: Tensor | None = None,
+    forget_coef: float = 1.0, retain_coef: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """forget_coef * mean over the forget sequences + retain_coef * mean NLL of the retain tokens; logits (B, T, V)."""
     B = len(targets)
@@ -104,11 +104,13 @@ def batch_loss(
     logp = log_p.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
     n = counted.sum(1).tolist()
     s = (logp * weights * counted).sum(1)
+    if exact_logps is not None:
+        s = s + (exact_logps - s).detach()
     alternates = torch.full((B,), -1) if alternates is None else alternates
     forget, retain, kls = [], [], [torch.zeros((), dtype=logp.dtype)]
     taken = alternates[alternates >= 0].tolist()
     if taken:
-        kls = [((logp * counted).sum(1)[b] - ref_logps[b]).detach() for b in taken]
+        kls = [(s[b] - ref_logps[b]).detach() for b in taken]
     kl = torch.stack(kls).mean()
     for b in range(B):
         rows = counted[b]

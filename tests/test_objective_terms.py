@@ -107,6 +107,32 @@ def test_logits_in(objective, inplace):
         assert relative_error(ours_, exact) < 1e-11
 
 
+@pytest.mark.parametrize("objective", [*SEQUENCE, KTO(0.3), *PAIRS], ids=repr)
+@pytest.mark.parametrize(("chunk_tokens", "wanted"), [(None, "hwb"), (4, "hwb"), (4, "h")])
+def test_exact_logps_decide_the_loss_and_the_weights(objective, chunk_tokens, wanted):
+    tensors, targets, extras = batch(objective)
+    # of retain sequences they say nothing
+    exact = (-12 + 4 * torch.randn(len(targets), dtype=torch.float64)).masked_fill(extras["retain_mask"], torch.nan)
+    logits = logits_of(*tensors, **HEAD)
+
+    def ours(h, w, b):
+        return linear_unlearn_loss(
+            h, w, targets, objective, bias=b, chunk_tokens=chunk_tokens, exact_logps=exact, **extras, **COEFS, **HEAD
+        )
+
+    def plain(h, w, b):
+        return batch_loss(objective, logits_of(h, w, b, **HEAD), targets, exact_logps=exact, **extras, **COEFS)
+
+    runs = [gradients(loss, tensors, wanted) for loss in (ours, plain)]
+    for ours_, autograd in zip(*runs, strict=True):
+        assert relative_error(ours_, autograd) < 1e-10
+    out = unlearn_loss(logits, targets, objective, exact_logps=exact, **extras, **COEFS)
+    assert relative_error(out.loss, runs[1][0]) < 1e-11
+    counted = (targets != -100).any(1) & ~extras["retain_mask"]
+    if not isinstance(objective, KTO):  # whose alternates are not read again
+        assert torch.equal(out.logps[counted], exact[counted])
+
+
 @pytest.mark.parametrize("objective", [*PAIRS, KTO(0.3), *TOKENWISE[:4], *ROWS], ids=repr)
 @pytest.mark.parametrize("wanted", ["hwb", "h"])
 def test_triton_equals_torch(objective, wanted):
@@ -296,6 +322,10 @@ def test_gradient_budget(objective):
         (KTO(), {"token_weights": torch.ones(10, 9)}, "KTO takes no token_weights"),
         (TOKENWISE[1], {"ref_token_logps": None}, "TNPO needs ref_token_logps"),
         (MaxEntropy(), {"gradient_error": 0.01}, "gradient_error must be 0 with MaxEntropy"),
+        (WGA(), {"exact_logps": torch.zeros(10)}, "exact_logps must be None: WGA weighs single tokens"),
+        (NPO(), {"exact_logps": torch.zeros(9)}, r"exact_logps must be \(10,\) float32"),
+        (NPO(), {"exact_logps": torch.zeros(10, dtype=torch.bfloat16)}, "got .* torch.bfloat16"),
+        (NPO(), {"exact_logps": torch.zeros(10), "token_weights": torch.ones(10, 9)}, "not both"),
     ],
 )
 def test_refuses(objective, change, message):

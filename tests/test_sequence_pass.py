@@ -37,3 +37,16 @@ def test_losses_weights_and_coefficients(impl, objective):
             assert got.item() == pytest.approx(want.item(), rel=1e-5, abs=1e-7)
     assert relative_error(coefs, expected_coefs) < 1e-6
     assert [r[3].item() for r in results] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("impl", [sequence_pass, sequence_pass_torch])
+def test_a_long_sum_is_rounded_like_a_number_not_like_a_chain(impl):
+    # four sequences: a chain's error is a random walk, and may happen to end close to where it began
+    S, N = 4, 32_768
+    token_logps = -17 * torch.rand(S * N, generator=torch.Generator().manual_seed(0))
+    results, places = SequenceResults.zeros(S, token_logps), torch.arange(S)
+    is_retain = torch.zeros(S, dtype=torch.bool)
+    impl(token_logps, token_logps.clone(), N * torch.arange(S + 1), places, is_retain, results, GradAscent(), None, 1.0)
+    exact = token_logps.view(S, N).double().sum(1)
+    # half a unit in the last place of a float32, and as much again for each of a few sums of parts
+    assert ((results.logps - exact).abs() < 4 * 2**-24 * exact.abs()).all()
