@@ -37,8 +37,9 @@ from simnpo.planning.machine import Machine, make_machine
 from simnpo.planning.model_shape import ModelShape, read_config
 from simnpo.planning.predict import Prediction, predict
 from simnpo.training import setup
+from simnpo.training.forward import Collator
 from simnpo.training.optimizer import clip_gradients, make_optimizer
-from simnpo.training.step import Collator, accumulate
+from simnpo.training.step import accumulate
 
 RESULT = Path(__file__).with_name("results") / "plan.md"
 # freed blocks of this size and more go back to the system at once, so that the mark is that of what is alive

@@ -186,8 +186,8 @@ def linear_unlearn_loss(
     cu_seqlens: Tensor | None = None, retain_mask: Tensor | None = None, ref_logps: Tensor | None = None,
     exact_logps: Tensor | None = None, ref_token_logps: Tensor | None = None, token_weights: Tensor | None = None,
     alternates: Tensor | None = None, forget_coef: float = 1.0, retain_coef: float = 1.0,
-    num_forget: int | None = None, num_retain_tokens: int | None = None, bias: Tensor | None = None, logit_scale: float = 1.0,
-    logit_softcap: float | None = None, gradient_error: float = 0.0,
+    num_forget: int | None = None, num_retain_tokens: int | None = None, bias: Tensor | None = None,
+    logit_scale: float = 1.0, logit_softcap: float | None = None, gradient_error: float = 0.0,
     logits_dtype: torch.dtype | None = None, chunk_tokens: int | None = None, impl: Impl = "auto",
     vocab_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None,
 ) -> UnlearnLoss:  # fmt: skip
@@ -203,10 +203,10 @@ def linear_unlearn_loss(
         retain_mask: (B,) bool, True for a retain sequence; None: all forget.
         ref_logps: (B,) log-probabilities under the reference policy, nats, for NPO, NNPO, DPO and KTO; ignored at
             retain sequences.
-        exact_logps: (B,) log-probabilities of the sequences under the policy, nats, from arithmetic more exact than that
-            of hidden_states, whose rounding adds up over a long sequence: the loss and the weights are those of these
-            sums, the gradient stays that of hidden_states. Ignored at retain sequences; not for objectives of single
-            tokens or rows. None: they are summed here.
+        exact_logps: (B,) log-probabilities of the sequences under the policy, nats, from arithmetic more exact than
+            that of hidden_states, whose rounding adds up over a long sequence: the loss and the weights are those of
+            these sums, the gradient stays that of hidden_states. Ignored at retain sequences; not for objectives of
+            single tokens or rows. None: they are summed here.
         ref_token_logps: like targets, those of each target, for TNPO and WTNPO.
         token_weights: like targets, factors of the forget tokens' terms: s becomes sum_t w_t l_t, a mean over tokens
             (1/n) sum_t w_t f_t, and n stays the number of tokens that count. Not for KTO.

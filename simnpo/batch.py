@@ -43,6 +43,8 @@ class Batch:
         ref_token_logps: as targets, the reference policy's, 0 where ignored and for all but forget sequences; None
             unless the objective needs it.
         alternates: (B,) int64, where the alternate of each forget sequence is, -1 for the others; likewise.
+        exact_logps: (B,) float32, log-probabilities of the forget sequences and alternates in float32 arithmetic, 0 for
+            retain sequences; None unless the run takes them.
         shared_prefix: tokens that every sequence begins with and that stand once, at the beginning of the packed row:
             the sequences but the first leave them out, and their position_ids start after them. No target is predicted
             from them.
@@ -61,6 +63,7 @@ class Batch:
     ref_token_logps: Tensor | None = None
     alternates: Tensor | None = None
     shared_prefix: int = 0
+    exact_logps: Tensor | None = None
 
     def inputs(self) -> dict[str, Any]:
         """What an attached model takes of it, beside what the objective needs."""
@@ -75,7 +78,7 @@ class Batch:
 
     def for_objective(self) -> dict[str, Tensor | None]:
         """What the objective takes of it."""
-        names = ("retain_mask", "ref_logps", "ref_token_logps", "alternates")
+        names = ("retain_mask", "ref_logps", "exact_logps", "ref_token_logps", "alternates")
         return {name: getattr(self, name) for name in names}
 
     def to(self, device: torch.device) -> "Batch":

@@ -82,6 +82,11 @@ class UnlearnConfig:
         "Of the arithmetic. Trained weights and their updates are fp32 either way; a body frozen by --lora is in bf16.",
         default="bf16",
     )
+    exact_ratio: Literal["auto", "on", "off"] = _option(
+        "Read forget sequences once more before each step, in float32, for methods of their log-ratio to the reference "
+        "(npo, dpo, kto): bf16 errors of tokens add up. auto: if one has more than 1024 targets.",
+        default="auto",
+    )
     packing: Literal["auto", "on", "off"] = _option(
         "Put sequences one after another instead of padding them. auto: if the model keeps them apart (measured).",
         default="auto",
@@ -164,6 +169,10 @@ class UnlearnConfig:
         self._require("alternate", "an answer", bool(self.alternate.strip()))
         self.objective()
         self._check_pieces()
+        if self.exact_ratio == "on" and not self.objective().sums_ratio:
+            raise UserError(
+                f"exact_ratio: method {self.method!r} takes no log-ratio of sequences to a reference: leave it out"
+            )
 
     def _require(self, name: str, what: str, holds: bool) -> None:
         if not holds:

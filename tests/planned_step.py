@@ -8,8 +8,9 @@ from simnpo.config import UnlearnConfig
 from simnpo.data import Example
 from simnpo.planning.ledger import LiveBytes
 from simnpo.training import setup
+from simnpo.training.forward import Collator
 from simnpo.training.optimizer import clip_gradients, make_optimizer
-from simnpo.training.step import Collator, accumulate
+from simnpo.training.step import accumulate
 
 
 def examples(name: str, lengths: list[int], vocab_size: int) -> list[Example]:

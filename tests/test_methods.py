@@ -16,8 +16,9 @@ from simnpo.attached_model import attach
 from simnpo.batch import Sampler
 from simnpo.data import IGNORE_INDEX
 from simnpo.objectives.methods import METHODS, describe
+from simnpo.training.forward import Collator, token_logps
 from simnpo.training.loop import unlearn
-from simnpo.training.step import Collator, accumulate, token_logps
+from simnpo.training.step import accumulate
 
 ROOT = Path(__file__).parents[1]
 

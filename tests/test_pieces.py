@@ -18,8 +18,9 @@ from simnpo.errors import UserError
 from simnpo.evaluation.examples import evaluate
 from simnpo.pieces import piece_bounds, pieces, separate, split
 from simnpo.training import setup
+from simnpo.training.forward import Collator
 from simnpo.training.loop import unlearn
-from simnpo.training.step import Collator, accumulate
+from simnpo.training.step import accumulate
 
 TOKENIZER = make_tokenizer()
 

@@ -16,7 +16,8 @@ from simnpo.data import Example
 from simnpo.model import hidden_states, relative_error, shares_prefix
 from simnpo.objectives import SimNPO
 from simnpo.training import setup
-from simnpo.training.step import Collator, accumulate, token_logps
+from simnpo.training.forward import Collator, token_logps
+from simnpo.training.step import accumulate
 
 CPU = torch.device("cpu")
 PREFIX = 11

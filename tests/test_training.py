@@ -18,9 +18,10 @@ from simnpo.data import encode, load_examples
 from simnpo.errors import RunError, UserError
 from simnpo.model import load_model
 from simnpo.training import checkpoint as checkpoint_module
+from simnpo.training.forward import Collator, sequence_logps
 from simnpo.training.loop import unlearn
 from simnpo.training.optimizer import learning_rate, make_optimizer
-from simnpo.training.step import Collator, accumulate, sequence_logps
+from simnpo.training.step import accumulate
 
 CPU = torch.device("cpu")
 

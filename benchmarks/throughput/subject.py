@@ -22,10 +22,11 @@ from simnpo.benchmarks.throughput.workload import Workload
 from simnpo.config import UnlearnConfig
 from simnpo.objectives import NPO, SimNPO
 from simnpo.training import setup
+from simnpo.training.forward import Collator, autocast
 from simnpo.training.loop import start_accelerator
 from simnpo.training.optimizer import Optimizer, clip_gradients, make_optimizer, set_learning_rate
 from simnpo.training.reference import reference_logps
-from simnpo.training.step import Collator, accumulate, autocast
+from simnpo.training.step import accumulate
 
 
 @dataclass
@@ -93,9 +94,10 @@ def make_subject(
 def with_reference(subject: Subject) -> Subject:
     """The subject with the reference's log-probabilities of all forget examples, NPO's pass before the first step."""
     forget, config = subject.workload.forget, subject.config
-    logps = reference_logps(config, subject.accelerator, subject.model, subject.collator, forget, per_token=False)
+    collator = setup.with_exact_ratio(config, subject.accelerator.unwrap_model(subject.model), subject.collator, forget)
+    logps = reference_logps(config, subject.accelerator, subject.model, collator, forget, per_token=False)
     ref_logps = {example.id: logp for example, logp in zip(forget, logps, strict=True)}
-    return replace(subject, collator=subject.collator._replace(ref_logps=ref_logps))
+    return replace(subject, collator=collator._replace(ref_logps=ref_logps))
 
 
 def our_gradient(subject: Subject, step: int) -> float:

@@ -60,6 +60,7 @@ class DPO(PairObjective):
 
     beta: float = 0.1
     needs_ref_logps: ClassVar[bool] = True
+    sums_ratio: ClassVar[bool] = True
     formula: ClassVar[str] = "-(2/beta) log sigmoid(beta ((s_alt - s_alt_ref) - (s - s_ref)))"
     weight: ClassVar[str] = "2 sigmoid(beta ((s - s_ref) - (s_alt - s_alt_ref))); an alternate token's is its negative"
     source: ClassVar[str] = "arXiv 2305.18290 times 2/beta: IdkDPO of arXiv 2404.05868, AltPO of arXiv 2409.13474"

@@ -74,6 +74,7 @@ class NPO(SequenceObjective):
 
     beta: float = 0.1
     needs_ref_logps: ClassVar[bool] = True
+    sums_ratio: ClassVar[bool] = True
     formula: ClassVar[str] = "-(2/beta) log sigmoid(-beta (s - s_ref))"
     weight: ClassVar[str] = "2 sigmoid(beta (s - s_ref))"
     source: ClassVar[str] = "arXiv 2404.05868, equation 3"
@@ -147,6 +148,7 @@ class KTO(SequenceObjective):
 
     beta: float = 0.1
     needs_ref_logps: ClassVar[bool] = True
+    sums_ratio: ClassVar[bool] = True
     needs_alternates: ClassVar[bool] = True
     formula: ClassVar[str] = "1 - (2/beta) sigmoid(kl - beta (s - s_ref))"
     weight: ClassVar[str] = "2 sigmoid(x) sigmoid(-x), x = kl - beta (s - s_ref)"

@@ -26,11 +26,12 @@ from simnpo.planning import auto
 from simnpo.report import write_report
 from simnpo.training import result, setup
 from simnpo.training.checkpoint import load_checkpoint, read_state, save_checkpoint
+from simnpo.training.forward import Collator
 from simnpo.training.log import Clock, RunLog, drop_rows_after, peak_memory_mib
 from simnpo.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
 from simnpo.training.reference import with_reference
 from simnpo.training.smaller import SmallerSteps
-from simnpo.training.step import Collator, StepTotals, accumulate, dealt, not_finite, objective_weights
+from simnpo.training.step import StepTotals, accumulate, dealt, not_finite, objective_weights
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ def unlearn(config: UnlearnConfig) -> Path:
     setup.check_tokens(model, [*forget, *retain, *heldout])
     collator = setup.make_collator(config, model, tokenizer, accelerator.device)
     setup.check_pieces(collator.packed, forget)
+    collator = setup.with_exact_ratio(config, model, collator, forget)
     accelerator.wait_for_everyone()  # until every rank has seen the folder as it was
     if accelerator.is_main_process:
         setup.open_output(config)

@@ -6,10 +6,10 @@ They are computed once, or found on disk, so that there never is a second model 
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from rich.console import Console
@@ -20,14 +20,9 @@ from simnpo.config import UnlearnConfig
 from simnpo.data import Example
 from simnpo.pieces import pieces
 from simnpo.training.disk import write_json
+from simnpo.training.forward import MAX_TOKENS, Collator, sequence_logps, token_batches, token_logps
 from simnpo.training.reference_cache import cache_folder, cache_key, read_references, write_references
-from simnpo.training.step import Collator, sequence_logps, token_logps
 
-# of one forward, unless a single sequence has more; attention that packs with a dense mask costs their square
-MAX_TOKENS = 4096
-# targets of a sequence from which bf16 logits are too coarse: their rounding adds up over the sequence to more than the
-# 0.1 nat that a log-ratio to the reference may be off (benchmarks/results/long.md)
-LONG_TARGETS = 1024
 PLAIN_SECONDS = 10.0  # between lines of progress, where there is no terminal to draw a bar in
 
 
@@ -53,8 +48,6 @@ def with_reference(
     per_token = objective.needs_ref_token_logps
     if not (objective.needs_ref_logps or per_token):
         return collator
-    if max(example.num_targets for example in forget) > LONG_TARGETS:
-        collator = collator._replace(logits_dtype=torch.float32)
     path = config.output_dir() / "reference.json"
     known = reload and path.exists()
     accelerator.wait_for_everyone()  # until every rank has seen whether it is there
@@ -107,7 +100,7 @@ def reference_logps(
     batches = token_batches([len(piece.input_ids) for piece in sequences], MAX_TOKENS, packed=collator.packed)
     own = batches[accelerator.process_index :: accelerator.num_processes]
     shown = _with_progress([[sequences[i] for i in batch] for batch in own], enabled=accelerator.is_main_process)
-    of_batches = token_logps if per_token else sequence_logps
+    of_batches = token_logps if per_token else partial(sequence_logps, exact=collator.exact_ratio)
     of_pieces: list[Any] = [None] * len(sequences)
     order = [i for batch in own for i in batch]
     for share in gather_object([list(zip(order, of_batches(model, config, collator, shown), strict=True))]):
@@ -117,24 +110,6 @@ def reference_logps(
     if per_token:
         return [[logp for _ in some for logp in next(values)] for some in parts]
     return [math.fsum(next(values) for _ in some) for some in parts]
-
-
-def token_batches(lengths: Sequence[int], max_tokens: int, *, packed: bool) -> list[list[int]]:
-    """Which sequences go through the model together: at most `max_tokens`, padding included, or a longer one alone.
-
-    The longest come first, so that the pass needs at its start what it needs at most, and padding is short.
-    """
-    batches: list[list[int]] = []
-    room = 0
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        # a row of a padded batch is as long as its first
-        cost = lengths[i] if packed or not batches else lengths[batches[-1][0]]
-        if not batches or cost > room:
-            batches.append([])
-            room, cost = max_tokens, lengths[i]
-        batches[-1].append(i)
-        room -= cost
-    return batches
 
 
 def _with_progress(batches: list[list[Example]], *, enabled: bool) -> Iterator[list[Example]]:

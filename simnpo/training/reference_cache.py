@@ -24,8 +24,8 @@ from simnpo.data import Example
 from simnpo.errors import RunError
 from simnpo.model import causal_lm
 from simnpo.training.disk import remove_leftovers, write_bytes
+from simnpo.training.forward import Collator
 from simnpo.training.setup import fingerprint
-from simnpo.training.step import Collator
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ def cache_key(
         "attention": lm.config._attn_implementation,
         "precision": config.precision,
         "logits": str(collator.logits_dtype),
+        "exact_ratio": collator.exact_ratio,
         "load_in_4bit": config.load_in_4bit,
         "packed": collator.packed,
         "device": collator.device.type,

@@ -15,8 +15,8 @@ import simnpo
 import simnpo.evaluation.examples as evaluation
 from simnpo.model import load_weights
 from simnpo.training.disk import whole_folder, write_json
+from simnpo.training.forward import autocast
 from simnpo.training.log import Clock, peak_memory_mib
-from simnpo.training.step import autocast
 
 if TYPE_CHECKING:
     from simnpo.training.loop import Run

@@ -21,9 +21,13 @@ from simnpo.model import add_lora, causal_lm, keeps_sequences_apart, load_weight
 from simnpo.pieces import separate, split
 from simnpo.training.checkpoint import checkpoints, keep_newest, read_state
 from simnpo.training.disk import remove_leftovers, write_json
-from simnpo.training.step import Collator, arithmetic, autocast
+from simnpo.training.forward import Collator, arithmetic, autocast
+from simnpo.upcast import check_float32
 
 logger = logging.getLogger(__name__)
+
+# targets of a sequence from which the errors of bf16 arithmetic add up to more than a nat (benchmarks/results/long.md)
+LONG_TARGETS = 1024
 
 
 def check_output(config: UnlearnConfig) -> None:
@@ -159,6 +163,26 @@ def make_collator(config: UnlearnConfig, model: nn.Module, tokenizer: Any, devic
             logger.warning("padding instead of packing: %s", name)
     alternates = config.alternates()
     return Collator(packed, tokenizer.pad_token_id, device, None, alternates=alternates, share_prefix=share)
+
+
+def with_exact_ratio(config: UnlearnConfig, model: nn.Module, collator: Collator, forget: list[Example]) -> Collator:
+    """The collator of a run that reads the log-ratio of forget sequences in float32, if this is one; where it might be
+    and the model cannot, one with float32 logits.
+
+    Raises:
+        UserError: `exact_ratio` is "on" and the model cannot compute in float32 on the weights it has.
+    """
+    asked, is_long = config.exact_ratio, max(example.num_targets for example in forget) > LONG_TARGETS
+    coarse = config.precision == "bf16" and config.objective().sums_ratio
+    if coarse and (asked == "on" or (asked == "auto" and is_long)):
+        try:
+            check_float32(model)
+            return collator._replace(exact_ratio=True)
+        except UserError as error:
+            if asked == "on":
+                raise
+            logger.warning("%s; the log-ratio is read in bf16", error)
+    return collator._replace(logits_dtype=torch.float32) if coarse and is_long else collator
 
 
 def check_pieces(packed: bool, forget: list[Example]) -> None:

@@ -21,7 +21,8 @@ from simnpo.errors import RunError
 from simnpo.kernels.chunks import MIN_CHUNK_TOKENS, default_chunk_tokens
 from simnpo.model import output_head
 from simnpo.training.disk import write_json
-from simnpo.training.step import Collator, StepTotals, accumulate, arithmetic
+from simnpo.training.forward import Collator, arithmetic
+from simnpo.training.step import StepTotals, accumulate
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,8 @@
 """One optimizer step: the gradient of the loss over micro-batches and ranks."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -10,47 +10,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from simnpo.batch import Alternates, Batch, Sampler, collate, forward_passes
+from simnpo.batch import Sampler, forward_passes
 from simnpo.config import UnlearnConfig
 from simnpo.data import Example
 from simnpo.errors import RunError
 from simnpo.kernels.linear_unlearn_loss import UnlearnLoss
-from simnpo.objectives import GradAscent
-
-
-def arithmetic(config: UnlearnConfig) -> torch.dtype:
-    """The dtype of the run's matrix products."""
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
-
-
-def autocast(config: UnlearnConfig, device: torch.device) -> AbstractContextManager[Any]:
-    """The arithmetic of the run, on weights that are kept in float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16")
-
-
-class Collator(NamedTuple):
-    """How this run makes batches."""
-
-    packed: bool
-    pad_token_id: int
-    device: torch.device
-    ref_logps: dict[str, float] | None
-    ref_token_logps: dict[str, list[float]] | None = None
-    alternates: Alternates = "none"
-    logits_dtype: torch.dtype | None = None  # of the loss; None: that of the arithmetic
-    share_prefix: bool = False
-
-    def __call__(self, forget: Sequence[Example], retain: Sequence[Example]) -> Batch:
-        options = {name: value for name, value in self._asdict().items() if name not in ("device", "logits_dtype")}
-        return collate(forget, retain, **options).to(self.device)
-
-    def head_options(self, config: UnlearnConfig) -> dict[str, Any]:
-        """How the loss multiplies with the head."""
-        return {"chunk_tokens": config.chunk_tokens, "logits_dtype": self.logits_dtype}
-
-    def without_objective(self) -> "Collator":
-        """One that leaves out what only the objective wants."""
-        return self._replace(ref_logps=None, ref_token_logps=None, alternates="none")
+from simnpo.training.forward import Collator, autocast, sequence_logps, with_exact_logps
 
 
 class StepTotals(NamedTuple):
@@ -81,6 +46,7 @@ def accumulate(
     sums = torch.zeros(len(StepTotals._fields), device=accelerator.device)
     for k, (some_forget, some_retain) in enumerate(passes):
         batch = collator(some_forget, some_retain)
+        batch = with_exact_logps(accelerator.unwrap_model(model), config, collator, some_forget, batch)
         with accelerator.no_sync(model) if k < len(passes) - 1 else nullcontext():
             with autocast(config, accelerator.device):
                 out: UnlearnLoss = model(
@@ -125,53 +91,6 @@ def not_finite(
 
 
 @torch.no_grad()
-def sequence_logps(
-    model: nn.Module, config: UnlearnConfig, collator: Collator, batches: Iterable[Sequence[Example]]
-) -> list[float]:
-    """Log-probability of the targets of each example under the attached model as it is, nats.
-
-    Args:
-        batches: what goes through the model together; the results stand in the same order, one after another.
-    """
-    was_training = model.training
-    model.eval()
-    plain, logps = collator.without_objective(), [torch.empty(0, device=collator.device)]
-    for some in batches:
-        batch = plain(some, [])
-        with autocast(config, collator.device):
-            # gradient ascent is the objective that needs nothing but these
-            out = model(**batch.inputs(), objective=GradAscent(), **collator.head_options(config))
-        logps.append(out.logps)
-    model.train(was_training)
-    return torch.cat(logps).tolist()
-
-
-@torch.no_grad()
-def token_logps(
-    model: nn.Module, config: UnlearnConfig, collator: Collator, batches: Iterable[Sequence[Example]]
-) -> list[list[float]]:
-    """Log-probability of each target of each example under the attached model as it is, nats, 0 where ignored.
-
-    Args:
-        batches: see `sequence_logps`.
-    """
-    was_training = model.training
-    model.eval()
-    # a row for each token of each example
-    plain, rows = collator.without_objective()._replace(share_prefix=False), []
-    for some in batches:
-        batch = plain(some, [])
-        with autocast(config, collator.device):
-            logps = model(**batch.inputs(), token_logps=True, **collator.head_options(config)).cpu()
-        if batch.cu_seqlens is not None:
-            rows += [row.tolist() for row in logps[0].split(batch.num_inputs)]
-        else:
-            rows += [row[:n].tolist() for row, n in zip(logps, batch.num_inputs)]
-    model.train(was_training)
-    return rows
-
-
-@torch.no_grad()
 def objective_weights(
     model: nn.Module, config: UnlearnConfig, collator: Collator, examples: list[Example], batch_size: int
 ) -> list[tuple[int, float, float]]:
@@ -184,7 +103,7 @@ def objective_weights(
     rows = []
     for i in range(0, len(examples), batch_size):
         some = examples[i : i + batch_size]
-        batch = collator(some, [])
+        batch = with_exact_logps(model, config, collator, some, collator(some, []))
         with autocast(config, collator.device):
             out: UnlearnLoss = model(
                 **batch.inputs(),
