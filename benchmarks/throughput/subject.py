@@ -94,7 +94,8 @@ def make_subject(
 def with_reference(subject: Subject) -> Subject:
     """The subject with the reference's log-probabilities of all forget examples, NPO's pass before the first step."""
     forget, config = subject.workload.forget, subject.config
-    collator = setup.with_exact_ratio(config, subject.accelerator.unwrap_model(subject.model), subject.collator, forget)
+    unwrapped: Any = subject.accelerator.unwrap_model(subject.model)
+    collator = setup.with_exact_ratio(config, unwrapped, subject.collator, forget)
     logps = reference_logps(config, subject.accelerator, subject.model, collator, forget, per_token=False)
     ref_logps = {example.id: logp for example, logp in zip(forget, logps, strict=True)}
     return replace(subject, collator=collator._replace(ref_logps=ref_logps))

@@ -41,12 +41,13 @@ def accumulate(
     world = accelerator.num_processes
     forget, retain = sampler.step(step, accelerator.process_index)
     passes = forward_passes(forget, retain, config.gradient_accumulation_steps, separate=config.separate_terms)
+    unwrapped: Any = accelerator.unwrap_model(model)
     num_forget, num_retain_tokens = sampler.totals(step)
     objective = config.objective()
     sums = torch.zeros(len(StepTotals._fields), device=accelerator.device)
     for k, (some_forget, some_retain) in enumerate(passes):
         batch = collator(some_forget, some_retain)
-        batch = with_exact_logps(accelerator.unwrap_model(model), config, collator, some_forget, batch)
+        batch = with_exact_logps(unwrapped, config, collator, some_forget, batch)
         with accelerator.no_sync(model) if k < len(passes) - 1 else nullcontext():
             with autocast(config, accelerator.device):
                 out: UnlearnLoss = model(
