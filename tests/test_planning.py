@@ -188,6 +188,26 @@ def test_offloaded_checkpoints_are_in_the_host() -> None:
     assert alive[0] - alive[1] == 38 / 40 * away.host_bytes
 
 
+@pytest.mark.parametrize("is_uniform", [True, False])
+def test_with_offloading_activations_do_not_grow_with_the_layers(is_uniform: bool) -> None:
+    recipe = Recipe(gradient_checkpointing=True, offload_activations=True, on_gpu=True, attention="linear")
+    found = []
+    for num_layers in (8, 16):
+        shape = ModelShape(LlamaConfig(**SIZES | {"num_hidden_layers": num_layers}))
+        # of layers that differ all are run
+        shape.is_uniform = is_uniform
+        run = simulate(shape, recipe, Sequences.equal(1, 512, is_retain=False))
+        assert run.checkpoint_bytes == 512 * SIZES["hidden_size"] * 4
+        found.append({name: parts.get("activations", 0) for name, parts in run.segments.items()})
+    few, many = found
+    assert {name: many[name] for name in few} == few
+    assert max(many.values()) == max(few.values())
+    # where there are two layers' inputs anyway, and where all but two of them have left
+    for direction in ("forward", "backward"):
+        alive = [few[f"{direction} of the {place} layer"] for place in ("second", "last but one", "last")]
+        assert len(set(alive)) == 1, alive
+
+
 def test_the_fastest_that_fits_and_nothing_when_nothing_is_needed() -> None:
     shape, config = ModelShape(SHALLOW), run_config("m", batch_size=8)
     workload = Workload(Sequences.equal(8, 512, is_retain=False), Sequences.equal(8, 512, is_retain=True))

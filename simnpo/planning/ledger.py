@@ -81,7 +81,7 @@ class Ledger(TorchDispatchMode):
 
     Attributes:
         part: what storages made from now on are for; part_of, if given, tells it of each tensor.
-        kept_by_layers: bytes that the body keeps for its backward, set by who runs it.
+        kept_by_layers: bytes that the layers keep for their backward, set by who runs them.
         segments: name -> the peak of what ran under that name; see `enter`.
         work: name -> what was computed; see `enter`.
     """

@@ -28,11 +28,8 @@ from simnpo.planning.loss import Sequences, eager_loss, simulated_loss
 from simnpo.planning.model_shape import ModelShape, layers_of
 
 FEW_LAYERS = (4, 5)
-# where the inputs of all layers, or of all but one, are alive
-WITH_ALL_CHECKPOINTS = {
-    *("forward of the last layer", "forward of the body's end", "loss", "backward of the loss"),
-    *("backward of the body's end", "backward of the last layer", "backward of the last but one layer"),
-}
+# between the last layer's forward and its backward, when the inputs of all layers are alive
+AFTER_ALL_LAYERS = ("forward of the body's end", "loss", "backward of the loss", "backward of the body's end")
 
 
 @dataclass(frozen=True)
@@ -69,14 +66,13 @@ class Simulation:
     Attributes:
         segments: name -> part -> bytes at that segment's peak, in the order they ran.
         work: "forward", "recompute", "backward", "loss" -> what was computed.
-        kept_bytes: of the body between forward and backward; checkpoint_bytes: of each layer.
+        checkpoint_bytes: what a layer keeps between forward and backward; the mean where layers differ.
         trained: shapes of the parameters that train.
         frozen: parameters that do not.
     """
 
     segments: dict[str, dict[str, int]]
     work: dict[str, Work]
-    kept_bytes: int
     checkpoint_bytes: int
     trained: list[torch.Size] = field(default_factory=list)
     frozen: int = 0
@@ -91,17 +87,29 @@ def simulate(shape: ModelShape, recipe: Recipe, sequences: Sequences) -> Simulat
     """
     whole = _whole_model(shape, recipe, sequences)
     if recipe.offload_activations:
-        elsewhere = max(shape.num_layers - AHEAD, 0) * whole.checkpoint_bytes
-        for name in WITH_ALL_CHECKPOINTS & whole.segments.keys():
-            whole.segments[name]["activations"] -= elsewhere
+        alive = _checkpoints_alive(shape.num_layers)
+        for name in alive.keys() & whole.segments.keys():
+            if alive[name] > AHEAD:
+                whole.segments[name]["activations"] -= (alive[name] - AHEAD) * whole.checkpoint_bytes
     return whole
+
+
+def _checkpoints_alive(num_layers: int) -> dict[str, int]:
+    """Segment -> how many inputs of layers are kept for backward in it: a layer's own and those of all before it.
+
+    With offloading AHEAD of them are on the GPU at most: the layer's own and, in forward, the one before it on its way
+    out, in backward the one before it on its way back; after all layers the last ones, which may still be leaving.
+    """
+    alive: dict[str, int] = dict.fromkeys(AFTER_ALL_LAYERS, num_layers)
+    for i in range(num_layers):
+        for direction in ("forward", "backward"):
+            alive[f"{direction} of {_place(i, num_layers)}"] = i + 1
+    return alive
 
 
 def _whole_model(shape: ModelShape, recipe: Recipe, sequences: Sequences) -> Simulation:
     if not shape.is_uniform or shape.num_layers <= FEW_LAYERS[1]:
-        whole = _run(shape, recipe, sequences, shape.num_layers)
-        whole.checkpoint_bytes = whole.kept_bytes // shape.num_layers
-        return whole
+        return _run(shape, recipe, sequences, shape.num_layers)
     few, more = (_run(shape, recipe, sequences, n) for n in FEW_LAYERS)
     further = shape.num_layers - FEW_LAYERS[0]
     segments = {}
@@ -111,9 +119,8 @@ def _whole_model(shape: ModelShape, recipe: Recipe, sequences: Sequences) -> Sim
         segments[name] = {part: n + further * (other.get(part, 0) - n) for part, n in known.items()}
     work = {kind: value + (more.work[kind] + value.times(-1)).times(further) for kind, value in few.work.items()}
     layer_shapes = _added(few.trained, more.trained)
-    kept = more.kept_bytes - few.kept_bytes
     return Simulation(
-        segments, work, few.kept_bytes + further * kept, kept, few.trained + layer_shapes * further,
+        segments, work, few.checkpoint_bytes, few.trained + layer_shapes * further,
         few.frozen + further * (more.frozen - few.frozen),
     )  # fmt: skip
 
@@ -161,7 +168,7 @@ def _run(shape: ModelShape, recipe: Recipe, sequences: Sequences, num_layers: in
     segments = {name: segment.parts for name, segment in ledger.segments.items()}
     return Simulation(
         segments, {kind: work for kind, work in ledger.work.items() if kind != "update"},
-        ledger.kept_by_layers, 0, [p.shape for p in trained],
+        ledger.kept_by_layers // num_layers, [p.shape for p in trained],
         sum(p.numel() for p in model.parameters() if not p.requires_grad),
     )  # fmt: skip
 
@@ -205,7 +212,6 @@ def _step(ledger: Ledger, model: nn.Module, recipe: Recipe, sequences: Sequences
                 ledger.adopt([p.grad], "gradients")
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
         hidden = hidden_states(model, batch)
-        ledger.kept_by_layers = ledger.bytes_of("activations")
         head = output_head(model)
         V, D = head.weight.shape
         ledger.enter("loss", "loss")
@@ -262,17 +268,23 @@ def update_bytes(optimizer: str, dtype: torch.dtype) -> int:
     return (8 if dtype == torch.bfloat16 else 0) + (8 if optimizer == "adafactor" else 0)
 
 
-def _watch_layers(ledger: Ledger, layers: nn.ModuleList) -> None:
-    """A segment for the first two and the last two layers, forward and backward, and one for those between them."""
-    last = len(layers) - 1
+def _place(i: int, num_layers: int) -> str:
+    """What layer `i` is called: the first and last two of a few layers stand for those of many."""
+    known = {0: "the first layer", 1: "the second layer"}
+    known |= {num_layers - 1: "the last layer", num_layers - 2: "the last but one layer"}
+    return known.get(i, f"layer {i + 1}")
 
-    def place(i: int) -> str:
-        return {0: "first", 1: "second", last: "last", last - 1: "last but one"}.get(i, "middle")
+
+def _watch_layers(ledger: Ledger, layers: nn.ModuleList) -> None:
+    """A segment for each layer, forward and backward; and what they keep."""
+    last = len(layers) - 1
 
     def starts(i: int) -> Callable[..., None]:
         def hook(*_: Any) -> None:
             if ledger.is_forward:
-                ledger.enter(f"forward of the {place(i)} layer", "forward")
+                if i == 0:
+                    ledger.kept_by_layers -= ledger.bytes_of("activations")
+                ledger.enter(f"forward of {_place(i, len(layers))}", "forward")
 
         return hook
 
@@ -280,8 +292,9 @@ def _watch_layers(ledger: Ledger, layers: nn.ModuleList) -> None:
         def hook(module: nn.Module, args: Any, out: Any) -> None:
             x = out[0] if isinstance(out, tuple) else out
             if ledger.is_forward and x.requires_grad:
-                x.register_hook(lambda gradient: _enter_backward(ledger, f"backward of the {place(i)} layer"))
+                x.register_hook(lambda gradient: _enter_backward(ledger, f"backward of {_place(i, len(layers))}"))
             if ledger.is_forward and i == last:
+                ledger.kept_by_layers += ledger.bytes_of("activations")
                 ledger.enter("forward of the body's end", "forward")
 
         return hook
