@@ -54,7 +54,7 @@ class Budget(NamedTuple):
     steps: int
 
 
-STREAMED = {"offload_activations": True, "mlp_tile_tokens": 4096, "chunk_tokens": 1024}
+STREAMED = {"offload_activations": True, "tile_tokens": 4096, "chunk_tokens": 1024}
 LORA = {"lora": True, "gradient_checkpointing": True}
 FULL = {"weights": "bf16", "optimizer": "adamw8bit", "gradient_checkpointing": True}
 BUDGETS = {

@@ -51,7 +51,7 @@ def levers(tile_tokens: int, chunk_tokens: int, *, on_gpu: bool) -> list[Lever]:
     """The levers one by one, then those that go together."""
     checkpointing = {"gradient_checkpointing": True}
     offloaded = {**checkpointing, "offload_activations": True}
-    tiled = {"mlp_tile_tokens": tile_tokens}
+    tiled = {"tile_tokens": tile_tokens}
     # offloading is from a GPU to the host
     activations = (offloaded if on_gpu else checkpointing) | tiled
     release = {"gradient_release": True, "max_grad_norm": 0.0}
@@ -65,7 +65,7 @@ def levers(tile_tokens: int, chunk_tokens: int, *, on_gpu: bool) -> list[Lever]:
         Lever("forget and retain apart", {"separate_terms": True}),
         Lever("activation checkpointing", checkpointing),
         Lever("activation checkpointing, offloaded", offloaded),
-        Lever(f"MLP in tiles of {tile_tokens} tokens", tiled),
+        Lever(f"MLPs and norms in tiles of {tile_tokens} tokens", tiled),
         Lever("AdamW in 8 bits", {"optimizer": "adamw8bit"}),
         Lever("Adafactor", {"optimizer": "adafactor"}),
         Lever("bf16 weights, compensated", {"weights": "bf16"}),
@@ -153,7 +153,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", metavar="PART", help="the plain step and levers whose name has one of these"
     )
-    parser.add_argument("--tile-tokens", type=int, default=256, help="of the tiled MLP")
+    parser.add_argument("--tile-tokens", type=int, default=256, help="of MLPs and norms in tiles")
     parser.add_argument("--chunk-tokens", type=int, default=128, help="rows of logits, where they are a lever")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each; 0: only the memory")
     parser.add_argument("--name", default="levers", help="of the files in --output")

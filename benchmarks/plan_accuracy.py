@@ -69,7 +69,7 @@ QWEN2 = Qwen2Config(
     vocab_size=32_000, tie_word_embeddings=False,
 )  # fmt: skip
 PRECISIONS: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
-FULL_BF16 = {"weights": "bf16", "optimizer": "adafactor", "gradient_checkpointing": True, "mlp_tile_tokens": 1024}
+FULL_BF16 = {"weights": "bf16", "optimizer": "adafactor", "gradient_checkpointing": True, "tile_tokens": 1024}
 SMALL, WIDE = llama(256, 8192, tied=False), llama(576, 49_152, tied=True)
 CASES = [
     Case("4 layers, D 256, V 8 192", SMALL, {}, (512,) * 2, (512,) * 2),

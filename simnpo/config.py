@@ -112,7 +112,7 @@ class UnlearnConfig:
         "Keep the checkpoints of layers in the host's memory, copied there and back beside the arithmetic.",
         default=False,
     )
-    mlp_tile_tokens: int | None = _option("Tokens that an MLP sees at once (default: all).", default=None)
+    tile_tokens: int | None = _option("Tokens that MLPs and norms see at once (default: all).", default=None)
     separate_terms: bool = _option(
         "Forget and retain sequences one after the other, each with a backward of its own.", default=False
     )
@@ -144,7 +144,7 @@ class UnlearnConfig:
     def __post_init__(self) -> None:
         for name in ("lora_rank", "batch_size", "gradient_accumulation_steps", "keep_checkpoints", "logging_steps"):
             self._require(name, "at least 1", getattr(self, name) >= 1)
-        for name in ("beta", "max_steps", "retain_batch_size", "chunk_tokens", "stride", "mlp_tile_tokens"):
+        for name in ("beta", "max_steps", "retain_batch_size", "chunk_tokens", "stride", "tile_tokens"):
             value = getattr(self, name)
             self._require(name, "greater than 0", value is None or value > 0)
         for name in ("lora_alpha", "epochs", "learning_rate"):

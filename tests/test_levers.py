@@ -42,12 +42,12 @@ def rows(output: Path) -> list[dict]:
     "lever",
     [
         {"gradient_checkpointing": True},
-        {"mlp_tile_tokens": 16},
-        {"gradient_checkpointing": True, "mlp_tile_tokens": 16},
+        {"tile_tokens": 16},
+        {"gradient_checkpointing": True, "tile_tokens": 16},
         {"separate_terms": True},
         {"separate_terms": True, "gradient_accumulation_steps": 3, "packing": "off"},
         {"gradient_release": True},
-        {"gradient_release": True, "gradient_checkpointing": True, "mlp_tile_tokens": 16, "chunk_tokens": 16},
+        {"gradient_release": True, "gradient_checkpointing": True, "tile_tokens": 16, "chunk_tokens": 16},
         {"attention": "sdpa"},
         {"attention": "eager", "packing": "off"},
     ],
@@ -102,7 +102,7 @@ def unlearn_until(step: int, config: UnlearnConfig, monkeypatch) -> None:
         {"weights": "bf16", "precision": "bf16"},
         {"weights": "bf16", "precision": "bf16", "gradient_release": True, "optimizer": "adafactor"},
         {"optimizer": "adamw8bit", "gradient_release": True},
-        {"separate_terms": True, "gradient_checkpointing": True, "mlp_tile_tokens": 8},
+        {"separate_terms": True, "gradient_checkpointing": True, "tile_tokens": 8},
     ],
 )
 def test_resumes_to_the_same_bits(config, tmp_path, monkeypatch, changes):

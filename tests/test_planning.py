@@ -21,7 +21,7 @@ from simnpo.planning.loss import Sequences
 from simnpo.planning.machine import RESERVED_BYTES, RESERVED_SHARE, Machine, parse_memory
 from simnpo.planning.model_shape import ModelShape, read_config
 from simnpo.planning.predict import Workload, optimizer_bytes, predict, predict_eager
-from simnpo.planning.search import choose, longest_context
+from simnpo.planning.search import _last_resorts, changed_levers, choose, longest_context
 from simnpo.planning.simulate import FEW_LAYERS, Recipe, _run, simulate
 
 V = 2000
@@ -44,7 +44,7 @@ STEPS = [
     ("untied", {}, True),
     ("untied", {}, False),
     ("untied", {"attention": "sdpa"}, True),
-    ("untied", {"gradient_checkpointing": True, "mlp_tile_tokens": 128}, True),
+    ("untied", {"gradient_checkpointing": True, "tile_tokens": 128}, True),
     ("untied", {"weights": "bf16"}, True),
     ("untied", {"weights": "bf16"} | NONE_OF_IT, True),
     ("tied", {"precision": "fp32"}, True),
@@ -53,6 +53,7 @@ STEPS = [
     ("qwen2", {"lora": True}, True),
     ("qwen2", {"chunk_tokens": 128, "gradient_accumulation_steps": 4, "separate_terms": True}, True),
     ("gemma", {"lora": True, "precision": "fp32", "gradient_checkpointing": True}, True),
+    ("gemma", {"lora": True, "gradient_checkpointing": True, "tile_tokens": 128}, True),
 ]
 
 
@@ -208,6 +209,22 @@ def test_with_offloading_activations_do_not_grow_with_the_layers(is_uniform: boo
         assert len(set(alive)) == 1, alive
 
 
+@pytest.mark.parametrize("lora_rank", [4, None])
+def test_norms_in_tiles_lower_the_peak(lora_rank: int | None) -> None:
+    # so narrow an MLP is nowhere near the peak
+    shape = ModelShape(LlamaConfig(**SIZES | {"num_hidden_layers": 2, "intermediate_size": 16}))
+    recipe = Recipe(
+        lora_rank=lora_rank, gradient_checkpointing=True, on_gpu=True, attention="linear", chunk_tokens=64
+    )  # fmt: skip
+    peaks = []
+    for tile_tokens in (None, 256, 64):
+        run = simulate(shape, replace(recipe, tile_tokens=tile_tokens), Sequences.equal(1, 2048, is_retain=False))
+        peaks.append(max(sum(parts.values()) for parts in run.segments.values()))
+    # two float32 of (T, D) at the least
+    assert peaks[0] - peaks[1] > 2 * 2048 * SIZES["hidden_size"] * 4
+    assert peaks[2] == peaks[1], "no more than 8 tiles are simulated"
+
+
 def test_the_fastest_that_fits_and_nothing_when_nothing_is_needed() -> None:
     shape, config = ModelShape(SHALLOW), run_config("m", batch_size=8)
     workload = Workload(Sequences.equal(8, 512, is_retain=False), Sequences.equal(8, 512, is_retain=True))
@@ -226,6 +243,17 @@ def test_the_fastest_that_fits_and_nothing_when_nothing_is_needed() -> None:
     none = choose(shape, config, workload, with_budget(1e6), packed=True)
     assert none.best is None
     assert none.smallest.prediction.peak < tight.budget
+
+
+def test_tiles_and_offloading_are_tried_without_a_smaller_chunk() -> None:
+    config = run_config("m", batch_size=1, gradient_checkpointing=True)
+    workload = Workload(Sequences.equal(1, 16384, is_retain=False), Sequences())
+    resorts = list(_last_resorts(ModelShape(SHALLOW), config, workload, machine(8, on_gpu=True)))
+    tried = [changed_levers(one).keys() - {"gradient_checkpointing"} for one in resorts]
+    assert tried[-2:] == [
+        {"tile_tokens", "offload_activations"},
+        {"tile_tokens", "offload_activations", "chunk_tokens"},
+    ]
 
 
 def test_what_the_user_set_stays() -> None:

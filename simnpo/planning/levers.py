@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from simnpo.memory.tiled_mlp import NAMES, TiledForward
-from simnpo.model import body_of, causal_lm
+from simnpo.memory.tiles import TiledForward, tileable
+from simnpo.model import causal_lm
 from simnpo.planning.model_shape import layers_of
 
 # NF4 with its block scales, one float32 to 64 weights, themselves in 8 bits with a float32 to 256 of them
@@ -60,11 +60,11 @@ def _quantise(linear: Any, dtype: torch.dtype) -> None:
     linear.forward = forward
 
 
-def tile_mlps(model: nn.Module, tile_tokens: int) -> None:
-    """`simnpo.memory.tiled_mlp.tile_mlps` without the measurement, for which there are no weights."""
-    for name, module in (body_of(causal_lm(model)) or model).named_modules():
-        if name.rpartition(".")[2] in NAMES:
-            module.forward = _tiled(module.forward, tile_tokens)
+def tile_layers(model: nn.Module, tile_tokens: int) -> None:
+    """`simnpo.memory.tiles.tile_layers` without the measurement, for which there are no weights."""
+    mlps, norms = tileable(causal_lm(model))
+    for module in (mlps | norms).values():
+        module.forward = _tiled(module.forward, tile_tokens)
 
 
 def _tiled(whole: Callable[[Tensor], Tensor], tile_tokens: int) -> Callable[[Tensor], Tensor]:

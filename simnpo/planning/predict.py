@@ -112,7 +112,7 @@ def predict_eager(shape: ModelShape, config: UnlearnConfig, workload: Workload, 
     """
     plain = replace(config, **dict.fromkeys(("gradient_checkpointing", "offload_activations"), False))
     plain = replace(
-        plain, mlp_tile_tokens=None, load_in_4bit=False, gradient_release=False, weights="fp32", optimizer="adamw",
+        plain, tile_tokens=None, load_in_4bit=False, gradient_release=False, weights="fp32", optimizer="adamw",
         gradient_accumulation_steps=1, separate_terms=False,
     )  # fmt: skip
     everything = workload.forget + workload.retain
@@ -151,7 +151,7 @@ def recipe_of(shape: ModelShape, config: UnlearnConfig, machine: Machine, *, pac
         weights=config.weights,
         gradient_checkpointing=config.gradient_checkpointing,
         offload_activations=config.offload_activations,
-        mlp_tile_tokens=config.mlp_tile_tokens,
+        tile_tokens=config.tile_tokens,
         optimizer=config.optimizer,
         gradient_release=config.gradient_release,
     )

@@ -22,13 +22,13 @@ from simnpo.planning.predict import (
 
 # fields that the search may change, where the user left them at their default
 LEVERS = (
-    *("gradient_accumulation_steps", "separate_terms", "gradient_checkpointing", "mlp_tile_tokens"),
+    *("gradient_accumulation_steps", "separate_terms", "gradient_checkpointing", "tile_tokens"),
     *("offload_activations", "chunk_tokens", "weights", "optimizer", "gradient_release", "max_grad_norm"),
     "load_in_4bit",
 )
-# rows of logits in the smallest chunk, and tokens in the smallest tile of an MLP
+# rows of logits in the smallest chunk, and tokens in the smallest tile
 SMALL_CHUNK, SMALL_TILE = 256, 1024
-# an MLP is cut into this many tiles
+# the tokens of the largest pass are cut into this many tiles
 TILES = 8
 # tokens: the longest context is looked for in steps of this, and not beyond that
 STEP, LONGEST = 64, 2**24
@@ -207,14 +207,15 @@ def _largest(config: UnlearnConfig, workload: Workload) -> int:
 def _last_resorts(
     shape: ModelShape, config: UnlearnConfig, workload: Workload, machine: Machine
 ) -> Iterator[UnlearnConfig]:
-    """With everything checkpointed and split: smaller chunks of logits, tiles of the MLP, offloading, all of them."""
+    """With everything checkpointed and split: smaller chunks of logits, tiles, offloading, all of them."""
     tile = max(SMALL_TILE, -(-_largest(config, workload) // TILES))
     chunk = config.chunk_tokens or chunk_tokens(shape, config, machine)
     small = {"chunk_tokens": SMALL_CHUNK} if chunk > SMALL_CHUNK else {}
-    tiled = {"mlp_tile_tokens": tile} if tile < _largest(config, workload) else {}
+    tiled = {"tile_tokens": tile} if tile < _largest(config, workload) else {}
     offloaded = {"offload_activations": True} if config.gradient_checkpointing and machine.on_gpu else {}
+    both = tiled | offloaded
     seen = []
-    for levers in (small, tiled, small | tiled, offloaded, small | offloaded, small | tiled | offloaded):
+    for levers in (small, tiled, small | tiled, offloaded, small | offloaded, both, small | both):
         if levers and levers not in seen:
             seen.append(levers)
             candidate = with_levers(config, **levers)

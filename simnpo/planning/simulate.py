@@ -23,7 +23,7 @@ from simnpo.memory.checkpoints import AHEAD, checkpoint_layers
 from simnpo.model import add_lora, causal_lm, hidden_states, output_head
 from simnpo.planning.attention import NAME, AttentionKind, simulated_attention
 from simnpo.planning.ledger import Ledger, Work
-from simnpo.planning.levers import quantise_body, tile_mlps
+from simnpo.planning.levers import quantise_body, tile_layers
 from simnpo.planning.loss import Sequences, eager_loss, simulated_loss
 from simnpo.planning.model_shape import ModelShape, layers_of
 
@@ -53,7 +53,7 @@ class Recipe:
     weights: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
     offload_activations: bool = False
-    mlp_tile_tokens: int | None = None
+    tile_tokens: int | None = None
     optimizer: str = "adamw"
     gradient_release: bool = False
     gradients_exist: bool = False
@@ -184,8 +184,8 @@ def _build(shape: ModelShape, recipe: Recipe, num_layers: int) -> nn.Module:
         model = add_lora(model, recipe.lora_rank, 1.0)
     if recipe.load_in_4bit:
         quantise_body(model, torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
-    if recipe.mlp_tile_tokens is not None:
-        tile_mlps(model, recipe.mlp_tile_tokens)
+    if recipe.tile_tokens is not None:
+        tile_layers(model, recipe.tile_tokens)
     return model.train()
 
 

@@ -16,7 +16,7 @@ from simnpo.config import UnlearnConfig
 from simnpo.data import Example, load_examples, warn_about_overlap
 from simnpo.errors import UserError
 from simnpo.memory.checkpoints import checkpoint_layers
-from simnpo.memory.tiled_mlp import tile_mlps
+from simnpo.memory.tiles import tile_layers
 from simnpo.model import add_lora, causal_lm, keeps_sequences_apart, load_weights, shares_prefix
 from simnpo.pieces import separate, split
 from simnpo.training.checkpoint import checkpoints, keep_newest, read_state
@@ -126,8 +126,8 @@ def build_model(config: UnlearnConfig, device: torch.device) -> nn.Module:
     attach(model)
     if config.gradient_checkpointing:
         checkpoint_layers(model, offload=config.offload_activations, device=device)
-    if config.mlp_tile_tokens is not None:
-        tile_mlps(model, config.mlp_tile_tokens)
+    if config.tile_tokens is not None:
+        tile_layers(model, config.tile_tokens)
     return add_lora(model, config.lora_rank, config.lora_alpha) if config.lora else model
 
 
