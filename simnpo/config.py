@@ -12,6 +12,8 @@ from simnpo.errors import UserError
 if TYPE_CHECKING:
     from simnpo.objectives import Objective
 
+# targets of a sequence from which the errors of bf16 arithmetic add up to more than a nat (benchmarks/results/long.md)
+LONG_TARGETS = 1024
 # a resumed run may differ in these; every other field changes the weights or the report that come out
 FREE_ON_RESUME = {"output", "resume", "save_steps", "keep_checkpoints", "logging_steps", "reference_cache"}
 
@@ -238,6 +240,11 @@ class UnlearnConfig:
         if objective.targets_alternate:
             return "instead"
         return "beside" if objective.needs_alternates else "none"
+
+    def reads_exact_ratio(self, num_targets: int) -> bool:
+        """Whether a run whose longest forget sequence has `num_targets` reads its log-ratio in float32, if it can."""
+        asked = self.exact_ratio == "on" or (self.exact_ratio == "auto" and num_targets > LONG_TARGETS)
+        return asked and self.precision == "bf16" and self.objective().sums_ratio
 
     def retain_sequences(self) -> int:
         """Retain sequences of one optimizer step."""

@@ -4,9 +4,13 @@ The log-probability of a token under a bf16 body is off by a few hundredths of a
 under the reference: the errors are independent, and over 32 768 tokens they add up to several nats
 (benchmarks/results/long.md). Float32 has them at a thousandth of that, and a pass without a gradient needs no float32
 copy of the model for it.
+
+On an NVIDIA GPU, whose float32 products are many times slower than its bf16 ones, those of linear layers are made of
+bf16 ones: a float32 number is the sum of two bf16 numbers to 16 bits, x W^T = hi(x) W^T + lo(x) W^T with a bf16 W and
+one product more with a float32 one, added up in float32.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,6 +19,7 @@ from torch import Tensor, nn
 
 from simnpo import attention
 from simnpo.errors import UserError
+from simnpo.kernels.gemm import add_mm_, mm_float32
 from simnpo.model import TOLERANCE, causal_lm, hidden_states, probe, relative_error
 
 HALF = (torch.bfloat16, torch.float16)
@@ -34,15 +39,26 @@ def float32_arithmetic(model: nn.Module) -> Iterator[None]:
     Raises:
         UserError: its attention casts to half precision, and this transformers has no other to put in its place.
     """
-    lm = causal_lm(model)
+    with _exact_attention(causal_lm(model)), float32_products(model, _has_fast_bf16):
+        yield
+
+
+@contextmanager
+def float32_products(model: nn.Module, in_parts: Callable[[Tensor], bool]) -> Iterator[None]:
+    """`float32_arithmetic` with the attention that the model has.
+
+    Args:
+        in_parts: of which weights of linear layers the products are made of bf16 ones.
+    """
     device = next(model.parameters()).device
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(_without_tf32())
-        stack.enter_context(_exact_attention(lm))
         for module in model.modules():
-            if type(module) is nn.Embedding:
+            if type(module) is nn.Linear and in_parts(module.weight) and "forward" not in vars(module):
+                stack.enter_context(_in_parts(module))
+            elif type(module) is nn.Embedding:
                 # the rows are exact in any dtype, and fewer than the weight has
                 stack.enter_context(module.register_forward_hook(_to_float32))
             elif any(p is not None and p.dtype in HALF for p in module._parameters.values()):
@@ -77,6 +93,54 @@ def check_float32(model: nn.Module) -> None:
         f"exact_ratio: {type(causal_lm(model)).__name__} cannot compute in float32 on the weights it has ({reason}): "
         "use --precision fp32, or --exact_ratio off"
     )
+
+
+def _has_fast_bf16(weight: Tensor) -> bool:
+    return weight.is_cuda and torch.version.hip is None and weight.dtype in (torch.bfloat16, torch.float32)
+
+
+@contextmanager
+def _in_parts(linear: nn.Linear) -> Iterator[None]:
+    """The forward of a linear layer by `product_of_parts`."""
+
+    def forward(input: Tensor) -> Tensor:
+        rows = product_of_parts(input.reshape(-1, input.shape[-1]).float(), linear.weight, _tensor_cores)
+        rows = rows if linear.bias is None else rows.add_(linear.bias)
+        return rows.view(*input.shape[:-1], -1)
+
+    linear.forward = forward
+    try:
+        yield
+    finally:
+        # the class's own shows again
+        del linear.forward
+
+
+def product_of_parts(
+    x: Tensor, weight: Tensor, add_product: Callable[[Tensor | None, Tensor, Tensor], Tensor]
+) -> Tensor:
+    """x W^T in float32, of bf16 products.
+
+    Args:
+        x: (N, K) float32.   weight: (V, K) bf16 or float32.
+        add_product: total (N, V) float32 or None, (N, K) and (K, V) bf16 -> total + their product, in float32.
+    """
+    high, low = _bf16_parts(x)
+    if weight.dtype == torch.bfloat16:
+        return add_product(add_product(None, high, weight.t()), low, weight.t())
+    # the product of the two small parts is below the last bit of the others
+    weight_high, weight_low = _bf16_parts(weight)
+    total = add_product(add_product(None, high, weight_high.t()), low, weight_high.t())
+    return add_product(total, high, weight_low.t())
+
+
+def _bf16_parts(x: Tensor) -> tuple[Tensor, Tensor]:
+    high = x.bfloat16()
+    return high, (x - high).bfloat16()
+
+
+def _tensor_cores(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    return mm_float32(a, b) if total is None else add_mm_(total, a, b)
 
 
 def _to_float32(module: nn.Module, args: Any, output: Tensor) -> Tensor:

@@ -1,13 +1,18 @@
 """The kernels on the device that is there: a GPU, or Triton's interpreter (bf16 is wrong in it) at tiny shapes."""
 
+import copy
+
 import pytest
 import torch
+from conftest import make_model
 from numerics import REGIMES, assert_no_worse_than_eager, regime_operands
 
-from simnpo import linear_logps
+from simnpo import attach, linear_logps
 from simnpo.benchmarks.operands import FORGET_COEF, OBJECTIVE, RETAIN_COEF, Batch, exact
 from simnpo.benchmarks.rivals import flat_logps, simnpo_of
 from simnpo.kernels.linear_unlearn_loss import linear_unlearn_loss
+from simnpo.model import relative_error
+from simnpo.upcast import check_float32, float32_arithmetic
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -60,3 +65,21 @@ def test_logps_never_positive_and_the_same_every_time(dtype):
     assert torch.equal(first, second)
     a, b = (values(lambda batch: ours(batch, N // 4), batch, "trained") for _ in range(2))
     assert all(map(torch.equal, a, b))
+
+
+def test_float32_arithmetic_on_bf16_weights():
+    model = attach(make_model(hidden_size=64, num_attention_heads=4))
+    ids = torch.arange(3 * 50).view(3, 50) % 250
+    for p in model.parameters():
+        p.data = p.data.bfloat16()
+    with torch.no_grad():
+        truth = attach(copy.deepcopy(model).double())(ids, labels=ids, token_logps=True)
+    model, ids = model.to(DEVICE), ids.to(DEVICE)
+    with torch.no_grad():
+        rounded = model(ids, labels=ids, token_logps=True)
+    check_float32(model)
+    with float32_arithmetic(model):
+        ours = model(ids, labels=ids, token_logps=True)
+    # the 16 bits of a number in two bf16 parts
+    assert relative_error(ours.cpu().double(), truth) < 2**-14
+    assert relative_error(rounded.cpu().double(), truth) > 2**-11

@@ -122,6 +122,7 @@ def forwards(monkeypatch):
 )
 def test_which_runs_read_it(config, monkeypatch, forwards, changes, long, exact, logits):  # noqa: F811
     if long:
+        monkeypatch.setattr("simnpo.config.LONG_TARGETS", 5)
         monkeypatch.setattr(setup, "LONG_TARGETS", 5)
     output = unlearn(config(**{"precision": "bf16", "max_steps": 2, "eval_examples": 0} | changes))
     assert any(known for *_, known in forwards) == exact
@@ -149,6 +150,7 @@ def test_a_model_that_cannot_is_refused_or_read_in_bf16(config, monkeypatch, cap
         raise UserError("exact_ratio: LlamaForCausalLM cannot compute in float32")
 
     monkeypatch.setattr(setup, "check_float32", refuse)
+    monkeypatch.setattr("simnpo.config.LONG_TARGETS", 5)
     monkeypatch.setattr(setup, "LONG_TARGETS", 5)
     npo = {"method": "npo", "precision": "bf16", "max_steps": 1}
     with pytest.raises(UserError, match="cannot compute in float32"):

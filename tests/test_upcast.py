@@ -15,15 +15,17 @@ from transformers import (
     GPT2LMHeadModel,
     MixtralConfig,
     MixtralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
-from simnpo import attach, attention
+from simnpo import attach, attention, upcast
 from simnpo.errors import UserError
-from simnpo.memory.tiled_mlp import tile_mlps
+from simnpo.memory.tiles import tile_layers
 from simnpo.model import add_lora, load_weights, relative_error
-from simnpo.upcast import check_float32, float32_arithmetic
+from simnpo.upcast import check_float32, float32_arithmetic, product_of_parts
 
 IDS = torch.arange(3 * 40).view(3, 40) % 250
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -32,6 +34,7 @@ MODELS = {
     "llama": make_model,
     "tied llama": lambda: make_model(tie_word_embeddings=True),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=260)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),  # biases
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8)),
     "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, head_dim=8)),
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)),
@@ -99,7 +102,7 @@ def test_under_adapters_and_tiles_with_tf32_and_autocast_on():
             nn.init.normal_(p, std=0.1)
     with torch.no_grad():
         expected = logps(float32_copy(model))
-    tile_mlps(model, 7)
+    tile_layers(model, 7)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
@@ -180,3 +183,36 @@ def test_refuses_hidden_states_that_are_rounded():
     model.model.norm.register_forward_hook(lambda module, args, out: out.bfloat16())
     with pytest.raises(UserError, match="its hidden states are rounded on the way"):
         check_float32(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_product_of_parts_is_a_float32_product(dtype):
+    torch.manual_seed(0)
+    x, weight = torch.randn(70, 300), torch.randn(90, 300).to(dtype)
+
+    def add_product(total, a, b):
+        assert a.dtype == b.dtype == torch.bfloat16
+        product = a.float() @ b.float()
+        return product if total is None else total + product
+
+    exact = x.double() @ weight.double().t()
+    # 16 bits of each operand
+    assert relative_error(product_of_parts(x, weight, add_product).double(), exact) < 2**-16
+    assert relative_error((x.bfloat16().float() @ weight.bfloat16().float().t()).double(), exact) > 2**-10
+
+
+def test_linear_layers_of_a_gpu_multiply_in_parts(monkeypatch):
+    # what a GPU's library does, on a CPU
+    monkeypatch.setattr(upcast, "_has_fast_bf16", lambda weight: True)
+    monkeypatch.setattr(
+        upcast, "_tensor_cores", lambda total, a, b: (0 if total is None else total) + a.float() @ b.float()
+    )
+    model = attach(bf16(MODELS["qwen2"]()))
+    names = [name for name, module in model.named_modules() if "forward" in vars(module)]
+    with torch.no_grad():
+        expected = logps(attach(float32_copy(model)))
+    with float32_arithmetic(model):
+        ours = logps(model)
+        assert "forward" in vars(model.model.layers[0].mlp.up_proj)
+    assert relative_error(ours, expected) < 1e-5
+    assert [name for name, module in model.named_modules() if "forward" in vars(module)] == names

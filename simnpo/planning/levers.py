@@ -53,7 +53,8 @@ def _quantise(linear: Any, dtype: torch.dtype) -> None:
     linear.weight = nn.Parameter(packed, requires_grad=False)
 
     def forward(x: Tensor) -> Tensor:
-        out: Any = _Dequantised.apply(x, shape, dtype)
+        # without autocast it is a pass in float32
+        out: Any = _Dequantised.apply(x, shape, dtype if torch.is_autocast_enabled("cpu") else x.dtype)
         # PEFT's layer over bitsandbytes' works on a copy
         return (out if bias is None else out + bias).clone()
 

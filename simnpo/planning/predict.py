@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from simnpo.planning.loss import Sequences
 from simnpo.planning.machine import Machine
 from simnpo.planning.model_shape import ModelShape
 from simnpo.planning.simulate import Recipe, Simulation, simulate, update_bytes
+from simnpo.training.forward import MAX_TOKENS, token_batches
 
 # two states in 8 bits with a float32 scale for each block of 256; small tensors keep theirs in float32
 ADAMW8BIT_BLOCK, ADAMW8BIT_SMALL = 256, 4096
@@ -98,12 +100,38 @@ def predict(
         runs.append(simulate(shape, replace(recipe, gradients_exist=True), later))
     static = _static(config, runs[0], ranks)
     peak, parts, moment = max((_peak(run, static, _updating(config, run)) for run in runs), key=lambda found: found[0])
+    ratio = _reading(shape, config, recipe, workload, len(passes))
+    if ratio is not None:
+        peak, parts, moment = max((peak, parts, moment), _peak(ratio[0], static, {}), key=lambda found: found[0])
     tokens = passes[largest] if later is None or len(runs) == 2 else later
     share = sum(some.num_tokens for some in passes) / tokens.num_tokens
     host = 0
     if config.offload_activations:
         host = shape.num_layers * runs[0].checkpoint_bytes
-    return Prediction(peak, parts, moment, host, _seconds(config, runs[0], machine, share, host))
+    seconds = _seconds(config, runs[0], machine, share, host)
+    if ratio is not None:
+        seconds["log-ratio"] = ratio[1] * _time(ratio[0].work["ratio"], machine)
+    return Prediction(peak, parts, moment, host, seconds)
+
+
+def _reading(
+    shape: ModelShape, config: UnlearnConfig, recipe: Recipe, workload: Workload, num_passes: int
+) -> tuple[Simulation, float] | None:
+    """The float32 pass over as many pieces of forget sequences as go through the model at once, and how often a step
+    takes it; None where the run takes none.
+    """
+    forget = workload.forget
+    if not forget or not config.reads_exact_ratio(max(forget.targets)):
+        return None
+    lengths = list(chain.from_iterable(forget.pieces))
+    batches = token_batches(lengths, MAX_TOKENS, packed=recipe.packed)
+    largest = max(([lengths[i] for i in batch] for batch in batches), key=sum)
+    some = Sequences.equal(0, 0, is_retain=False)
+    for n in largest:
+        some += Sequences.equal(1, n, is_retain=False)
+    # the readings of a later pass find the gradients of the one before
+    reading = replace(recipe, loss="ratio", gradients_exist=num_passes > 1, offload_activations=False)
+    return simulate(shape, reading, some), sum(lengths) / sum(largest)
 
 
 def predict_eager(shape: ModelShape, config: UnlearnConfig, workload: Workload, machine: Machine) -> Prediction:

@@ -26,6 +26,7 @@ from simnpo.planning.ledger import Ledger, Work
 from simnpo.planning.levers import quantise_body, tile_layers
 from simnpo.planning.loss import Sequences, eager_loss, simulated_loss
 from simnpo.planning.model_shape import ModelShape, layers_of
+from simnpo.upcast import float32_products
 
 FEW_LAYERS = (4, 5)
 # between the last layer's forward and its backward, when the inputs of all layers are alive
@@ -36,13 +37,13 @@ AFTER_ALL_LAYERS = ("forward of the body's end", "loss", "backward of the loss",
 class Recipe:
     """What decides the memory and the work of one forward and backward, beside the model and the batch.
 
-    loss: ours or the published loops'.
+    loss: ours or the published loops'; or none, the log-ratio of forget sequences read in float32 without a gradient.
     chunk_tokens: rows of logits alive at once in ours.
     gradients_exist: an earlier backward of the step has left its gradients.
     on_gpu: whose kernels are meant; the simulation itself needs none.
     """
 
-    loss: Literal["ours", "eager"] = "ours"
+    loss: Literal["ours", "eager", "ratio"] = "ours"
     chunk_tokens: int = 1024
     packed: bool = True
     attention: AttentionKind = "sdpa"
@@ -65,7 +66,7 @@ class Simulation:
 
     Attributes:
         segments: name -> part -> bytes at that segment's peak, in the order they ran.
-        work: "forward", "recompute", "backward", "loss" -> what was computed.
+        work: "forward", "recompute", "backward", "loss", or "ratio" -> what was computed.
         checkpoint_bytes: what a layer keeps between forward and backward; the mean where layers differ.
         trained: shapes of the parameters that train.
         frozen: parameters that do not.
@@ -210,6 +211,9 @@ def _step(ledger: Ledger, model: nn.Module, recipe: Recipe, sequences: Sequences
             if p.requires_grad:
                 p.grad = torch.empty_like(p)
                 ledger.adopt([p.grad], "gradients")
+    if recipe.loss == "ratio":
+        _read_ratio(ledger, model, recipe, batch, sequences)
+        return
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
         hidden = hidden_states(model, batch)
         head = output_head(model)
@@ -227,6 +231,19 @@ def _step(ledger: Ledger, model: nn.Module, recipe: Recipe, sequences: Sequences
     ledger.enter("backward of the loss", "loss backward")
     del hidden
     loss.backward()
+
+
+def _read_ratio(ledger: Ledger, model: nn.Module, recipe: Recipe, batch: Batch, sequences: Sequences) -> None:
+    """As `training.forward.exact_logps` does."""
+    ledger.enter("reading the log-ratio", "ratio")
+    # on a GPU the linear layers' float32 products are made of bf16 ones
+    with float32_products(model.eval(), lambda weight: recipe.on_gpu and weight.is_floating_point()):
+        hidden = hidden_states(model, batch)
+        head = output_head(model)
+        ledger.part_of = loss_part(*head.weight.shape)
+        head = head._replace(weight=head.weight.float())
+        simulated_loss(hidden, head, sequences, recipe.chunk_tokens, on_gpu=recipe.on_gpu)
+    ledger.part_of = None
 
 
 def _enter_backward(ledger: Ledger, segment: str) -> None:

@@ -16,7 +16,8 @@ from simnpo.planning.search import Candidate, Choice, rounded_time
 SHOWN = 8  # settings in the table of alternatives
 SHOWN_BYTES = 0.0005e9  # what three decimals of a GB can show
 TIMES = (
-    *("forward", "recompute", "backward", "attention", "loss", "optimizer", "offloading", "second model"),
+    *("forward", "recompute", "backward", "attention", "loss", "log-ratio", "optimizer", "offloading"),
+    "second model",
 )  # fmt: skip
 EAGER = (
     "eager: the published loops. One padded batch of all sequences through the model's own head; logits of every "

@@ -12,7 +12,7 @@ from torch import nn
 
 from simnpo.attached_model import attach
 from simnpo.attention import use_packed_attention
-from simnpo.config import UnlearnConfig
+from simnpo.config import LONG_TARGETS, UnlearnConfig
 from simnpo.data import Example, load_examples, warn_about_overlap
 from simnpo.errors import UserError
 from simnpo.memory.checkpoints import checkpoint_layers
@@ -25,9 +25,6 @@ from simnpo.training.forward import Collator, arithmetic, autocast
 from simnpo.upcast import check_float32
 
 logger = logging.getLogger(__name__)
-
-# targets of a sequence from which the errors of bf16 arithmetic add up to more than a nat (benchmarks/results/long.md)
-LONG_TARGETS = 1024
 
 
 def check_output(config: UnlearnConfig) -> None:
@@ -172,17 +169,17 @@ def with_exact_ratio(config: UnlearnConfig, model: nn.Module, collator: Collator
     Raises:
         UserError: `exact_ratio` is "on" and the model cannot compute in float32 on the weights it has.
     """
-    asked, is_long = config.exact_ratio, max(example.num_targets for example in forget) > LONG_TARGETS
-    coarse = config.precision == "bf16" and config.objective().sums_ratio
-    if coarse and (asked == "on" or (asked == "auto" and is_long)):
+    longest = max(example.num_targets for example in forget)
+    if config.reads_exact_ratio(longest):
         try:
             check_float32(model)
             return collator._replace(exact_ratio=True)
         except UserError as error:
-            if asked == "on":
+            if config.exact_ratio == "on":
                 raise
             logger.warning("%s; the log-ratio is read in bf16", error)
-    return collator._replace(logits_dtype=torch.float32) if coarse and is_long else collator
+    coarse = config.precision == "bf16" and config.objective().sums_ratio and longest > LONG_TARGETS
+    return collator._replace(logits_dtype=torch.float32) if coarse else collator
 
 
 def check_pieces(packed: bool, forget: list[Example]) -> None:
