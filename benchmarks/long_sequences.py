@@ -46,9 +46,9 @@ from simnpo.upcast import float32_arithmetic
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
-ABOUT_REAL = """Against a float32 copy of the model, whose own error the last row has. "Read in float32" is what that copy
-gives, from the bf16 weights. The ratio is that of one step of SimNPO at a learning rate of 1e-4: what the adapters add to
-an output of a bf16 layer is lost there where it is less than half a unit in the last place.
+ABOUT_REAL = """Against a float32 copy of the model, whose own error the last row has. "Read in float32" is what that
+copy gives, from the bf16 weights. The ratio is that of one step of SimNPO at a learning rate of 1e-4: what the adapters
+add to an output of a bf16 layer is lost there where it is less than half a unit in the last place.
 """
 MOVED = 1e-3  # relative size of the step between the two models
 PIECE, IN_FLOAT64, LEARNING_RATE = 4096, 1024, 1e-4  # of the real model
