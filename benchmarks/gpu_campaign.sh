@@ -14,7 +14,8 @@ dry=${SIMNPO_CAMPAIGN_DRY:-}
 device=${dry:+cpu} device=${device:-cuda}
 limit=540
 all=(correctness numerics products kernels table-8b table-1b table-gemma table-smollm table-long profile
-    throughput-1b throughput-8b throughput-1b-long throughput-1b-longest throughput-8b-long levers fit-1b fit-8b fit-8b-long)
+    throughput-1b throughput-8b throughput-1b-long throughput-1b-longest throughput-8b-long throughput-8b-npo
+    levers fit-1b fit-8b fit-8b-long)
 stages=("${all[@]}")
 [ $# -gt 0 ] && stages=("$@")
 
@@ -76,6 +77,9 @@ for stage in "${stages[@]}"; do
         --context 131072 ;;
     throughput-8b-long) steps throughput "$stage" llama-3.1-8b --lora --gradient-checkpointing --batch-size 1 --rounds 1 \
         --minutes 6 --context 512 2048 8192 32768 ;;
+    # its log-ratio read in float32 before each step
+    throughput-8b-npo) steps throughput "$stage" llama-3.1-8b --lora --gradient-checkpointing --batch-size 1 --rounds 1 \
+        --npo-rounds 3 --context 8192 --loops open-unlearning ;;
     levers) steps levers "$stage" llama-3.2-1b --batch-size 1 --rounds 3 --tile-tokens 2048 --chunk-tokens 1024 --context 4096 ;;
     fit-1b) fit "$stage" 1b-full ;;
     fit-8b) fit "$stage" 8b-lora ;;
