@@ -150,15 +150,18 @@ def real_rows(N: int, data: Path) -> list[list[Any]]:
     torch.manual_seed(0)
     policy = add_lora(model, 16, 32.0)
     policy(ids[:1, :512], labels=ids[:1, :512], objective=SimNPO()).loss.backward()
-    adapters = [p for name, p in policy.named_parameters() if "lora_B" in name]
+
+    def adapters(model: Any) -> list[Any]:
+        return [p for name, p in model.named_parameters() if "lora_B" in name]
+
     # AdamW's first step
-    steps = [LEARNING_RATE * p.grad.sign() for p in adapters if p.grad is not None]
+    steps = [LEARNING_RATE * p.grad.sign() for p in adapters(policy)]
 
     @torch.no_grad()
     def read(model: Any, arithmetic: Callable[[], Any], ids: Tensor = ids) -> list[Tensor]:
-        found, adapters = [], [p for name, p in model.named_parameters() if "lora_B" in name]
+        found = []
         for scale in (-1.0, 0.0):
-            for p, step in zip(adapters, steps, strict=True):
+            for p, step in zip(adapters(model), steps, strict=True):
                 p.copy_(scale * step)
             with arithmetic():
                 pieces = [model(some[None], labels=some[None], token_logps=True) for some in ids]

@@ -1,9 +1,9 @@
 """Float32 arithmetic on weights that stay in bf16 or in 4 bits: each is in float32 while its own module uses it.
 
 The log-probability of a token under a bf16 body is off by a few hundredths of a nat, and so is its ratio to the one
-under the reference: the errors are independent, and over 32 768 tokens they add up to several nats
-(benchmarks/results/long.md). Float32 has them at a thousandth of that, and a pass without a gradient needs no float32
-copy of the model for it.
+under the reference. Over 32 768 tokens that adds up to several nats, and to many more where adapters have moved by less
+than the last bit of what they are added to (benchmarks/results/long.md). Float32 has the errors of a token at a
+thousandth of that, and a pass without a gradient needs no float32 copy of the model for it.
 
 On an NVIDIA GPU, whose float32 products are many times slower than its bf16 ones, those of linear layers are made of
 bf16 ones: a float32 number is the sum of two bf16 numbers to 16 bits, x W^T = hi(x) W^T + lo(x) W^T with a bf16 W and

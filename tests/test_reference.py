@@ -26,7 +26,7 @@ from simnpo.config import UnlearnConfig
 from simnpo.data import IGNORE_INDEX, Example
 from simnpo.model import add_lora
 from simnpo.pieces import pieces, split
-from simnpo.training import disk, reference, reference_cache
+from simnpo.training import disk, forward, reference, reference_cache
 from simnpo.training.forward import Collator, token_batches
 from simnpo.training.loop import unlearn
 from simnpo.training.reference import reference_logps, with_reference
@@ -102,7 +102,7 @@ def test_batches_keep_to_the_tokens_and_lose_nothing(lengths, max_tokens, packed
 
 
 def test_no_forward_is_longer_than_the_budget_or_the_longest_piece(settings, monkeypatch):
-    monkeypatch.setattr(reference, "MAX_TOKENS", 40)
+    monkeypatch.setattr(forward, "MAX_TOKENS", 40)
     seen, model = [], attach(make_model())
     model.get_decoder().register_forward_pre_hook(
         lambda module, args, kwargs: seen.append((kwargs["input_ids"].shape[1], torch.is_grad_enabled())),
@@ -117,7 +117,7 @@ def test_no_forward_is_longer_than_the_budget_or_the_longest_piece(settings, mon
 
 
 def test_memory_does_not_grow_with_the_document(settings, monkeypatch):
-    monkeypatch.setattr(reference, "MAX_TOKENS", 64)
+    monkeypatch.setattr(forward, "MAX_TOKENS", 64)
     model = attach(make_model())
 
     def peak(num_tokens: int) -> int:
@@ -329,7 +329,7 @@ def check_ranks_share_the_work():
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     accelerator, folder = Accelerator(cpu=True), os.environ["REFERENCE_FOLDER"]
     options = {"model": "m", "forget": "f", "precision": "fp32", "reference_cache": f"{folder}/cache"}
-    reference.MAX_TOKENS = 40
+    forward.MAX_TOKENS = 40
     forget, found, forwards = forget_examples(), [], []
     for name in ("first", "second"):
         settings = UnlearnConfig(**options, method="npo", output=f"{folder}/{name}")
@@ -355,7 +355,7 @@ def one_thread():
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_ranks_share_the_work_and_get_the_same_bits(settings, monkeypatch, tmp_path):
-    monkeypatch.setattr(reference, "MAX_TOKENS", 40)
+    monkeypatch.setattr(forward, "MAX_TOKENS", 40)
     forget, accelerator = forget_examples(), Accelerator(cpu=True)
     alone = reference_logps(settings(), accelerator, attach(make_model()), COLLATOR, forget, per_token=False)
     monkeypatch.setenv("REFERENCE_ALONE", json.dumps(dict(zip([e.id for e in forget], alone))))

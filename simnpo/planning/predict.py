@@ -125,10 +125,8 @@ def _reading(
         return None
     lengths = list(chain.from_iterable(forget.pieces))
     batches = token_batches(lengths, MAX_TOKENS, packed=recipe.packed)
-    largest = max(([lengths[i] for i in batch] for batch in batches), key=sum)
-    some = Sequences.equal(0, 0, is_retain=False)
-    for n in largest:
-        some += Sequences.equal(1, n, is_retain=False)
+    largest = max((tuple(lengths[i] for i in batch) for batch in batches), key=sum)
+    some = Sequences(largest, tuple(n - 1 for n in largest), (False,) * len(largest), tuple((n,) for n in largest))
     # the readings of a later pass find the gradients of the one before
     reading = replace(recipe, loss="ratio", gradients_exist=num_passes > 1, offload_activations=False)
     return simulate(shape, reading, some), sum(lengths) / sum(largest)

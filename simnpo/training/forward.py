@@ -100,12 +100,12 @@ def exact_logps(
     Args:
         model: attached, as `float32_arithmetic` takes it.
     """
-    parts = {example.id: pieces(example) for example in examples}
-    sequences = list(chain.from_iterable(parts.values()))
-    batches = token_batches([len(piece.input_ids) for piece in sequences], MAX_TOKENS, packed=collator.packed)
-    values = sequence_logps(model, config, collator, [[sequences[i] for i in batch] for batch in batches], exact=True)
-    of_piece = {sequences[i].id: value for i, value in zip(chain.from_iterable(batches), values, strict=True)}
-    return {name: math.fsum(of_piece[piece.id] for piece in some) for name, some in parts.items()}
+    # a batch may have drawn one twice
+    examples = list({example.id: example for example in examples}.values())
+    parts, batches = in_pieces(examples, packed=collator.packed)
+    values = sequence_logps(model, config, collator, batches, exact=True)
+    of_piece = {piece.id: value for piece, value in zip(chain.from_iterable(batches), values, strict=True)}
+    return {e.id: math.fsum(of_piece[piece.id] for piece in some) for e, some in zip(examples, parts, strict=True)}
 
 
 def with_exact_logps(
@@ -124,6 +124,14 @@ def with_exact_logps(
     num_retain = len(batch.ids) - len(forget) - len(beside)
     values = [*(known[e.id] for e in forget), *[0.0] * num_retain, *(known[e.id] for e in beside)]
     return replace(batch, exact_logps=torch.tensor(values, device=collator.device))
+
+
+def in_pieces(examples: Sequence[Example], *, packed: bool) -> tuple[list[list[Example]], list[list[Example]]]:
+    """The pieces of each example, and all of them in the batches in which they go through the model."""
+    parts = [pieces(example) for example in examples]
+    sequences = list(chain.from_iterable(parts))
+    batches = token_batches([len(piece.input_ids) for piece in sequences], MAX_TOKENS, packed=packed)
+    return parts, [[sequences[i] for i in batch] for batch in batches]
 
 
 def token_batches(lengths: Sequence[int], max_tokens: int, *, packed: bool) -> list[list[int]]:

@@ -18,9 +18,8 @@ from torch import nn
 
 from simnpo.config import UnlearnConfig
 from simnpo.data import Example
-from simnpo.pieces import pieces
 from simnpo.training.disk import write_json
-from simnpo.training.forward import MAX_TOKENS, Collator, sequence_logps, token_batches, token_logps
+from simnpo.training.forward import Collator, in_pieces, sequence_logps, token_logps
 from simnpo.training.reference_cache import cache_folder, cache_key, read_references, write_references
 
 PLAIN_SECONDS = 10.0  # between lines of progress, where there is no terminal to draw a bar in
@@ -95,21 +94,17 @@ def reference_logps(
     Returns:
         of each example the sum, nats; or with `per_token` a list like its input_ids, 0 where ignored.
     """
-    parts = [pieces(example) for example in examples]
-    sequences = [piece for some in parts for piece in some]
-    batches = token_batches([len(piece.input_ids) for piece in sequences], MAX_TOKENS, packed=collator.packed)
+    parts, batches = in_pieces(examples, packed=collator.packed)
     own = batches[accelerator.process_index :: accelerator.num_processes]
-    shown = _with_progress([[sequences[i] for i in batch] for batch in own], enabled=accelerator.is_main_process)
+    shown = _with_progress(own, enabled=accelerator.is_main_process)
     of_batches = token_logps if per_token else partial(sequence_logps, exact=collator.exact_ratio)
-    of_pieces: list[Any] = [None] * len(sequences)
-    order = [i for batch in own for i in batch]
-    for share in gather_object([list(zip(order, of_batches(model, config, collator, shown), strict=True))]):
-        for i, value in share:
-            of_pieces[i] = value
-    values = iter(of_pieces)
+    ids = [piece.id for batch in own for piece in batch]
+    of_piece: dict[str, Any] = {}
+    for share in gather_object([dict(zip(ids, of_batches(model, config, collator, shown), strict=True))]):
+        of_piece |= share
     if per_token:
-        return [[logp for _ in some for logp in next(values)] for some in parts]
-    return [math.fsum(next(values) for _ in some) for some in parts]
+        return [[logp for piece in some for logp in of_piece[piece.id]] for some in parts]
+    return [math.fsum(of_piece[piece.id] for piece in some) for some in parts]
 
 
 def _with_progress(batches: list[list[Example]], *, enabled: bool) -> Iterator[list[Example]]:
