@@ -39,7 +39,11 @@ MODULES = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, 1 a run had to stop, 2 wrong input, 130 interrupted."""
+    """Runs the command line; returns the exit status.
+
+    It is 0, 1 where a run had to stop, 2 for wrong input, and 128 and the number of the signal that stopped it: 130 for
+    Ctrl-C, 143 for SIGTERM, 129 for SIGHUP, 138 for SIGUSR1.
+    """
     parser = argparse.ArgumentParser("simnpo", description="SimNPO and NPO unlearning of language models.")
     parser.add_argument("--version", action="version", version=f"simnpo {version('simnpo')}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -50,10 +54,11 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
         return exit_status(lambda: command_main(arguments.command)(options))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         hint = ": the same command with --resume continues from the newest checkpoint"
-        print(f"interrupted{hint if arguments.command == 'unlearn' else ''}", file=sys.stderr)
-        return 130
+        what = f"stopped by {error}" if str(error) not in ("", "SIGINT") else "interrupted"
+        print(f"{what}{hint if arguments.command == 'unlearn' else ''}", file=sys.stderr)
+        return getattr(error, "exit_status", 130)
 
 
 def command_main(command: str) -> Callable[[list[str]], int]:
@@ -81,9 +86,15 @@ def unlearn(options: list[str]) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from simnpo.training.loop import unlearn
+    from simnpo.training.signals import Stopped
 
     disable_progress_bar()
-    output = unlearn(config)
+    try:
+        output = unlearn(config)
+    except Stopped as stopped:
+        if stopped.together:
+            torch.distributed.destroy_process_group()
+        raise
     if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
         print(f"unlearned model: {output / 'model'}\nreport: {output / 'report.html'}")
     if torch.distributed.is_initialized():

@@ -135,7 +135,10 @@ class UnlearnConfig:
     cpu: bool = _option("Stay on the CPU even if there is an accelerator.", default=False)
 
     save_steps: int = _option("Steps between checkpoints; 0: only the last step.", default=100)
-    keep_checkpoints: int = _option("Checkpoints kept; older ones are removed.", default=1)
+    keep_checkpoints: int = _option(
+        "Checkpoints kept; older ones are removed. A second one is there for the case that the last is damaged.",
+        default=2,
+    )
     logging_steps: int = _option("Steps between rows of metrics.jsonl.", default=1)
     eval_examples: int = _option("Examples of each set answered before and after, for the report; 0: none.", default=16)
     weight_examples: int = _option(
@@ -168,6 +171,7 @@ class UnlearnConfig:
                 self._require(name, what, getattr(self, name) in get_args(kind))
         self._require("stride", "less than max_length", self.stride is None or self.stride < self.max_length)
         self._check_levers()
+        self._require("output", "the name of a folder", bool(self.output.strip()))
         self._require("alternate", "an answer", bool(self.alternate.strip()))
         self.objective()
         self._check_pieces()
@@ -259,10 +263,14 @@ class UnlearnConfig:
     def output_dir(self) -> Path:
         return Path(self.output)
 
+    def fixed(self) -> dict[str, Any]:
+        """The fields that decide the weights and the report that come out."""
+        return {name: value for name, value in asdict(self).items() if name not in FREE_ON_RESUME}
+
     def refuse_changes(self, saved: dict[str, Any]) -> None:
         """Raises `UserError` naming the fields in which resuming from `saved` (config.json) would change the result."""
-        now = asdict(self)
-        changed = [name for name in now if name not in FREE_ON_RESUME and now[name] != saved.get(name)]
+        now = self.fixed()
+        changed = [name for name in now if now[name] != saved.get(name)]
         if changed:
             listed = ", ".join(f"{name} (was {saved.get(name)!r}, now {now[name]!r})" for name in changed)
             raise UserError(

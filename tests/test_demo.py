@@ -12,6 +12,7 @@ from simnpo import demo
 from simnpo.cli import main
 from simnpo.errors import UserError
 from simnpo.report import judge
+from simnpo.training.run_folder import write_complete
 
 
 def rows(name: str) -> list[dict[str, str]]:
@@ -91,29 +92,30 @@ def demo_folder(path: Path, **changes: str) -> Path:
     (path / "config.json").write_text(json.dumps({"forget": str(demo.SETS["forget"])} | changes))
     (path / "model").mkdir()
     (path / "model" / "model.safetensors").touch()
+    write_complete(path)
     return path
 
 
 def test_an_earlier_demo_is_replaced(tmp_path):
     old = demo_folder(tmp_path / "old")
     demo.make_room(old)
-    assert not old.exists()
+    assert not any(old.iterdir())
     demo.make_room(old)
-    old.mkdir()
+    old.rmdir()
     demo.make_room(old)
 
 
 def test_anything_else_is_left_alone(tmp_path):
     other = demo_folder(tmp_path / "other", forget="mine.jsonl")
-    with pytest.raises(UserError, match="holds another run, not a demo's"):
+    with pytest.raises(UserError, match="is not the folder of an earlier demo"):
         demo.make_room(other)
     notes = demo_folder(tmp_path / "notes")
     (notes / "notes.txt").touch()
-    with pytest.raises(UserError, match=r"it holds 'notes.txt'"):
+    with pytest.raises(UserError, match=r"holds notes.txt, which no run has written"):
         demo.make_room(notes)
     broken = demo_folder(tmp_path / "broken")
     (broken / "config.json").write_text("{")
-    with pytest.raises(UserError, match="holds another run"):
+    with pytest.raises(UserError, match="is not the folder of an earlier demo"):
         demo.make_room(broken)
     file = tmp_path / "file"
     file.touch()

@@ -33,6 +33,7 @@ from simnpo.training.reference import reference_logps, with_reference
 from simnpo.training.reference_cache import (
     cache_folder,
     cache_key,
+    model_digest,
     read_references,
     weights_digest,
     write_references,
@@ -66,7 +67,7 @@ def forget_examples():
 
 def references(settings, model, *, collator=COLLATOR, forget=None) -> dict:
     forget = forget_examples() if forget is None else forget
-    found = with_reference(settings, Accelerator(cpu=True), model, collator, forget, reload=False)
+    found = with_reference(settings, Accelerator(cpu=True), model, model_digest(model), collator, forget, reload=False)
     return found.ref_token_logps or found.ref_logps
 
 
@@ -160,10 +161,12 @@ def test_the_second_run_has_the_same_bits_without_a_forward(settings, tmp_path, 
 
 def test_anything_that_changes_the_numbers_misses(settings):
     forget, base = forget_examples(), make_model()
-    keys = [cache_key(settings(), attach(base), COLLATOR, forget, per_token=False)]
+    base = attach(base)
+    keys = [cache_key(settings(), base, model_digest(base), COLLATOR, forget, per_token=False)]
 
     def add(model=base, collator=COLLATOR, some=forget, *, per_token=False, **changes):
-        keys.append(cache_key(settings(**changes), attach(model), collator, some, per_token=per_token))
+        model = attach(model)
+        keys.append(cache_key(settings(**changes), model, model_digest(model), collator, some, per_token=per_token))
 
     add(precision="bf16")
     add(per_token=True)
@@ -181,7 +184,8 @@ def test_anything_that_changes_the_numbers_misses(settings):
     add(make_model(), some=[replace(forget[0], alternate=forget[1])])
     add(make_model(), some=pieces(forget[-1]))
     assert len(set(keys)) == len(keys)
-    again = cache_key(settings(chunk_tokens=7, seed=3), attach(make_model()), COLLATOR, forget, per_token=False)
+    base = attach(make_model())
+    again = cache_key(settings(chunk_tokens=7, seed=3), base, model_digest(base), COLLATOR, forget, per_token=False)
     assert again == keys[0]
 
 
@@ -314,7 +318,9 @@ def test_a_run_goes_on_without_the_cache(settings, tmp_path):
     for file in (tmp_path / "cache").iterdir():
         file.unlink()
     model, calls = counted(make_model())
-    collator = with_reference(whole, Accelerator(cpu=True), model, COLLATOR, forget_examples(), reload=True)
+    collator = with_reference(
+        whole, Accelerator(cpu=True), model, "any", COLLATOR, forget_examples(), reload=True
+    )
     assert collator.ref_logps == json.loads(kept)
     assert not calls
 
@@ -335,7 +341,7 @@ def check_ranks_share_the_work():
         settings = UnlearnConfig(**options, method="npo", output=f"{folder}/{name}")
         settings.output_dir().mkdir(exist_ok=True)
         model, calls = counted(make_model())
-        found.append(with_reference(settings, accelerator, model, COLLATOR, forget, reload=False).ref_logps)
+        found.append(with_reference(settings, accelerator, model, model_digest(model), COLLATOR, forget, reload=False).ref_logps)
         forwards.append(len(calls))
     assert forwards[0] > 3
     assert forwards[1] == 0

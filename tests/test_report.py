@@ -114,7 +114,7 @@ def test_a_run_that_was_killed_has_a_report(run_dir):
 def test_rewriting_is_atomic_and_leaves_nothing_behind(run_dir):
     first = write_report(run_dir).read_bytes()
     assert write_report(run_dir).read_bytes() == first
-    assert not list(run_dir.rglob(".incomplete*"))
+    assert not list(run_dir.rglob(".simnpo-*"))
 
 
 def test_no_folder(tmp_path):

@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from simnpo.config import UnlearnConfig
-from simnpo.errors import UserError
+from simnpo.errors import RunError, UserError
 from simnpo.training import disk
 from simnpo.training.checkpoint import checkpoints, save_checkpoint
-from simnpo.training.log import drop_rows_after
 from simnpo.training.loop import unlearn
 
 TIMINGS = ("tokens_per_second", "peak_memory_mib", "seconds")
@@ -51,8 +50,8 @@ NPO = {"method": "npo", "precision": "bf16", "exact_ratio": "on"}
 def stop_after(step: int, monkeypatch) -> None:
     """Ends the run with an exception right after checkpoint `step` is written."""
 
-    def save_and_stop(folder, done, *args, **kwargs):
-        save_checkpoint(folder, done, *args, **kwargs)
+    def save_and_stop(output, done, *args, **kwargs):
+        save_checkpoint(output, done, *args, **kwargs)
         if done == step:
             raise SystemExit
 
@@ -131,9 +130,9 @@ def test_changed_configuration_and_data_are_refused(config, monkeypatch, tmp_pat
 
 
 def test_the_last_checkpoints_are_kept(config, tmp_path):
-    unlearn(config(keep_checkpoints=2))
+    unlearn(config(keep_checkpoints=3))
     names = {path.name for path in (tmp_path / "run/checkpoints").iterdir()}
-    assert names == {"step-00000004", "step-00000005"}
+    assert names == {"step-00000003", "step-00000004", "step-00000005"}
 
 
 # Killed
@@ -219,9 +218,20 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
         break_off(target)
     assert (target / "a").read_text() == "1"
     with disk.whole_folder(target) as folder:
+        (folder / "a").write_text("2")
         (folder / "b").write_text("3")
-    assert [path.name for path in target.iterdir()] == ["b"]
+    assert {path.name: path.read_text() for path in target.iterdir()} == {"a": "2", "b": "3"}
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path):
+    target = tmp_path / "folder"
+    target.mkdir()
+    (target / "notes").write_text("mine")
+    with pytest.raises(RunError, match=r"folder would be replaced, and it holds notes, which was not written by this"):
+        with disk.whole_folder(target) as folder:
+            (folder / "a").write_text("1")
+    assert {path.name: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {"notes": "mine"}
 
 
 def test_an_incomplete_checkpoint_is_not_seen(tmp_path):
@@ -230,16 +240,6 @@ def test_an_incomplete_checkpoint_is_not_seen(tmp_path):
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000003"]
     disk.remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
-
-
-def test_drop_rows_after(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    drop_rows_after(path, 2)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-    drop_rows_after(path, 9)
-    drop_rows_after(tmp_path / "none", 2)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_checkpoint_of_another_model_is_refused(config, monkeypatch, tmp_path):

@@ -14,8 +14,10 @@ from simnpo.benchmarks.throughput.loops import Loop
 from simnpo.benchmarks.throughput.subject import Subject, make_subject, prepare, steps_of, take_step, with_reference
 from simnpo.benchmarks.throughput.workload import Workload
 from simnpo.config import UnlearnConfig
-from simnpo.training import reference, setup
+from simnpo.training import reference, run_folder
 from simnpo.training.loop import Run, train
+from simnpo.training.reference_cache import model_digest
+from simnpo.training.signals import StopSignals
 
 OURS = "simnpo"
 
@@ -91,13 +93,14 @@ def our_run(config: UnlearnConfig, work: Workload, tokenizer: Any) -> dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         config = replace(config, output=folder, reference_cache=folder, save_steps=0, eval_examples=0)
         subject = make_subject(config, work, tokenizer.pad_token_id)
-        setup.open_output(config)
+        run_folder.open_output(config, None)
         start = time.perf_counter()
         collator = reference.with_reference(
-            config, subject.accelerator, subject.model, subject.collator, work.forget, reload=False
-        )
+            config, subject.accelerator, subject.model, model_digest(subject.model), subject.collator, work.forget,
+            reload=False,
+        )  # fmt: skip
         run = Run(config, subject.accelerator, subject.model, tokenizer, collator, work.forget, work.retain, [], {})
-        train(run, None)
+        train(run, None, StopSignals())
         seconds = time.perf_counter() - start
     return _run_row(OURS, subject, run.num_steps, seconds, whole=True)
 

@@ -7,7 +7,6 @@ it answers right: what it is to forget, what it trains to keep, and what it sees
 import argparse
 import importlib.util
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -31,11 +30,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "simnpo": {"beta": 1.0, "retain_coef": 0.5},
     "npo": {"beta": 0.1, "retain_coef": 0.5},
     "ga": {"retain_coef": 0.5},
-}
-# what a run writes: a folder that holds anything else is not the demo's to replace
-WRITTEN = {
-    *("config.json", "metrics.jsonl", "weights.jsonl", "evaluation.json", "reference.json", "summary.json"),
-    *("report.html", "plots", "checkpoints", "model"),
 }
 SHOWN = 6  # answers of a set on the terminal; the report has all
 
@@ -118,20 +112,20 @@ def make_room(output: Path) -> None:
     Raises:
         UserError: `output` is a file, or a folder that is not empty and not the demo's.
     """
+    # brings torch
+    from simnpo.training.run_folder import remove_run
+
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not output.is_dir():
         raise UserError(f"output must be a folder, and {output} is a file")
-    strange = sorted(path.name for path in output.iterdir() if path.name not in WRITTEN)
-    if strange:
-        raise UserError(f"{output} is not a demo's folder, it holds {strange[0]!r}: choose another --output")
     try:
         forget = json.loads((output / "config.json").read_text(encoding="utf-8"))["forget"]
     except (OSError, ValueError, KeyError, TypeError):
         forget = None
     if forget != str(SETS["forget"]):
-        raise UserError(f"{output} holds another run, not a demo's: choose another --output")
-    shutil.rmtree(output)
+        raise UserError(f"{output} is not the folder of an earlier demo: choose another --output")
+    remove_run(output)
 
 
 def answers_table(evaluation: dict[str, Any], name: str) -> Table:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+import torch
 
 from simnpo.config import UnlearnConfig
 from simnpo.data import Example
@@ -47,39 +45,32 @@ def choose_levers(
     return replace(choice.best.config, auto=False)
 
 
-def resumed(config: UnlearnConfig) -> UnlearnConfig:
-    """With `auto`, the options that were chosen when the run in `output` began, if there is one to resume."""
-    saved_file = config.output_dir() / "config.json"
-    if not (config.auto and config.resume and saved_file.is_file()):
+def resumed(config: UnlearnConfig, saved: dict[str, Any] | None) -> UnlearnConfig:
+    """With `auto`, the options that were chosen when the run began that is resumed.
+
+    Args:
+        saved: its configuration; None: there is none.
+    """
+    if not (config.auto and config.resume and saved is not None):
         return config
-    saved = json.loads(saved_file.read_text(encoding="utf-8"))
     # what the user sets now is compared with the saved value, as every other field
     chosen = {name: saved[name] for name in LEVERS if name in saved and name not in changed_levers(config)}
     return replace(config, **chosen, auto=False)
 
 
-def chosen_by_main(
-    config: UnlearnConfig, accelerator: Accelerator, forget: Sequence[Example], retain: Sequence[Example]
+def choose_here(
+    config: UnlearnConfig, forget: Sequence[Example], retain: Sequence[Example], device: torch.device, ranks: int
 ) -> UnlearnConfig:
-    """`choose_levers` for the machine this runs on, the same on every rank; the main one says what it chose.
+    """`choose_levers` for the machine this runs on; says what was chosen.
 
     Raises:
         UserError: nothing fits, or the model cannot be simulated.
     """
     if not config.auto:
         return config
-    outcome: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            device = accelerator.device
-            machine = make_machine(device, config.precision, memory=None, on_gpu=device.type == "cuda")
-            outcome = [choose_levers(config, forget, retain, machine, ranks=accelerator.num_processes)]
-            print(f"auto: {describe(outcome[0])}")
-        except UserError as error:
-            outcome = [error]
-    (chosen,) = broadcast_object_list(outcome)
-    if isinstance(chosen, UserError):
-        raise chosen
+    machine = make_machine(device, config.precision, memory=None, on_gpu=device.type == "cuda")
+    chosen = choose_levers(config, forget, retain, machine, ranks=ranks)
+    print(f"auto: {describe(chosen)}")
     return chosen
 
 

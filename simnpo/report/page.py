@@ -13,6 +13,7 @@ import jinja2
 from simnpo.report.examined import find_attacks, find_benchmarks, find_tofu
 from simnpo.report.plots import THEMES, nll_plot, tofu_plot, weights_plot
 from simnpo.report.verdict import judge
+from simnpo.training.digests import check_report_inputs
 from simnpo.training.disk import write_bytes, write_text
 
 SET_NAMES = {"forget": "Forget", "retain": "Retain", "heldout": "Held-out"}
@@ -49,6 +50,7 @@ def write_report(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise FileNotFoundError(f"no such folder: {run_dir}")
+    check_report_inputs(run_dir)
     run = _read(run_dir)
     pages = jinja2.Environment(loader=jinja2.PackageLoader("simnpo.report", "."), autoescape=True, trim_blocks=True)
     pages.filters["number"] = _number

@@ -17,7 +17,7 @@ from simnpo.cli import COMMANDS, read_config
 from simnpo.config import UnlearnConfig
 from simnpo.errors import UserError
 from simnpo.sweep.grid import fingerprint, read_trials
-from simnpo.training.disk import remove_folder, write_json
+from simnpo.training.disk import write_json
 
 START = "start"  # the model before it forgets
 
@@ -87,20 +87,20 @@ def _common(arguments: argparse.Namespace, rest: list[str]) -> UnlearnConfig:
 def _run(arguments: argparse.Namespace, config: UnlearnConfig) -> dict[str, Any]:
     """Unlearn and evaluate, unless both were done before; returns the results with what the run took."""
     from simnpo.training.loop import unlearn
+    from simnpo.training.run_folder import discard
 
     folder = config.output_dir()
-    asked, done = folder / "asked.json", folder / "tofu" / "results.json"
+    asked, done = folder.with_name(f"{folder.name}.json"), folder / "tofu" / "results.json"
     finished = asked.exists() and json.loads(asked.read_text(encoding="utf-8")) == fingerprint(config)
     if finished and done.exists():
         return _read(done) | {"summary": _read(folder / "summary.json")}
     if folder.exists() and not finished:
         raise UserError(f"{folder} holds a trial with other settings: choose another --output, or remove it")
-    folder.mkdir(parents=True, exist_ok=True)
+    asked.parent.mkdir(parents=True, exist_ok=True)
     write_json(asked, fingerprint(config))
     unlearn(replace(config, resume=True))
     results = _evaluate(arguments, str(folder / "model"), folder / "tofu", retrained=arguments.retain_model)
-    for name in ("checkpoints", *(() if arguments.keep_models else ("model", "adapter"))):
-        remove_folder(folder / name)
+    discard(folder, "checkpoints", *(() if arguments.keep_models else ("model", "adapter")))
     return results | {"summary": _read(folder / "summary.json")}
 
 

@@ -5,6 +5,7 @@ everything, whatever moment the process or the machine died at.
 """
 
 import json
+import math
 import os
 import shutil
 import time
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 
 from simnpo.errors import RunError
 
-TEMPORARY = ".incomplete-"
+TEMPORARY = ".simnpo-incomplete-"
 
 
 @contextmanager
@@ -26,7 +27,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path`, replacing it, when the block ends, and is removed when the block fails.
 
     Raises:
-        RunError: the disk is full or not writable; `path` is as it was.
+        RunError: the disk is full or not writable, or `path` holds a file that the new folder does not have and that
+            would be lost; `path` is as it was.
     """
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -36,6 +38,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             _flush(file)
         _flush(temporary)
+        strange = sorted(_names(path) - _names(temporary))
+        if strange:
+            raise RunError(f"{path} would be replaced, and it holds {strange[0]}, which was not written by this run: "
+                           "move it away, then continue with --resume")  # fmt: skip
         remove_folder(path)
         temporary.rename(path)
         _flush(path.parent)
@@ -55,16 +61,17 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(leaving)
 
 
-def write_bytes(path: Path, data: bytes, *, shared: bool = False) -> None:
-    """Writes a file whole or not at all.
+def _names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
-    Args:
-        shared: another process may write it at the same time; what one leaves that is killed is then not written over.
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all; several processes may write the same one, and the last of them wins.
 
     Raises:
         RunError: the disk is full or not writable; `path` is as it was.
     """
-    temporary = path.with_name(f"{TEMPORARY}{uuid4().hex if shared else ''}{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{uuid4().hex}")
     try:
         temporary.write_bytes(data)
         _flush(temporary)
@@ -80,8 +87,50 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of a value as JSON."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """`write_text` of a value as JSON.
+
+    Raises:
+        RunError: a number in it is NaN or infinite, which JSON has no name for; or as `write_bytes`.
+    """
+    write_text(path, json_text(path, value, indent=2) + "\n")
+
+
+def append_json(path: Path, value: Any) -> None:
+    """Adds a line of JSON to a file.
+
+    Raises:
+        RunError: as `write_json`.
+    """
+    line = json_text(path, value) + "\n"
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error}; checkpoints written before are intact") from error
+
+
+def json_text(path: Path, value: Any, indent: int | None = None) -> str:
+    """A value as JSON, which `path` is to hold.
+
+    Raises:
+        RunError: a number in it is NaN or infinite; names where it stands.
+    """
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        where = next(_not_finite(value, ""), None)
+        if where is None:
+            raise
+        raise RunError(f"{path.name}: {where}, so it is not written: the model's numbers are not finite") from error
+
+
+def _not_finite(value: Any, name: str) -> Iterator[str]:
+    """The places of a JSON value that are NaN or infinite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{name.removeprefix('.')} is {value}"
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    for key, one in items:
+        yield from _not_finite(one, f"{name}.{key}")
 
 
 def remove_leftovers(folder: Path, older_than: float = 0.0) -> None:

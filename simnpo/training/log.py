@@ -1,6 +1,5 @@
 """The numbers of a run: rows in metrics.jsonl and weights.jsonl, and a progress bar."""
 
-import json
 import resource
 import sys
 import time
@@ -11,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from simnpo.training.disk import write_text
+from simnpo.training.disk import append_json
 
 PLAIN_LINES = 20  # where there is no terminal to draw a bar in
 
@@ -64,20 +63,7 @@ class RunLog:
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         if self.enabled:
-            with (self.output / name).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-
-
-def drop_rows_after(path: Path, step: int) -> None:
-    """Cuts a .jsonl file back to the rows of `step` and before, and drops a row cut short by a kill."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
-            break
-        kept.append(line)
-    write_text(path, "".join(kept))
+            append_json(self.output / name, row)
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -3,13 +3,9 @@
 import logging
 import math
 import os
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -24,12 +20,15 @@ from simnpo.errors import UserError
 from simnpo.model import load_tokenizer
 from simnpo.planning import auto
 from simnpo.report import write_report
-from simnpo.training import result, setup
-from simnpo.training.checkpoint import load_checkpoint, read_state, save_checkpoint
+from simnpo.training import result, run_folder, setup
+from simnpo.training.checkpoint import load_checkpoint, read_state, restore_run_files, save_checkpoint
 from simnpo.training.forward import Collator
-from simnpo.training.log import Clock, RunLog, drop_rows_after, peak_memory_mib
+from simnpo.training.log import Clock, RunLog, peak_memory_mib
+from simnpo.training.main_rank import on_main
 from simnpo.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
 from simnpo.training.reference import with_reference
+from simnpo.training.reference_cache import model_digest
+from simnpo.training.signals import Stopped, StopSignals
 from simnpo.training.smaller import SmallerSteps
 from simnpo.training.step import StepTotals, accumulate, dealt, not_finite, objective_weights
 
@@ -67,40 +66,57 @@ def unlearn(config: UnlearnConfig) -> Path:
 
     Raises:
         UserError, FileNotFoundError: before the first step: the configuration, the data or the model cannot work.
-        RunError: the run had to stop: a loss that is not finite, a full disk.
-        KeyboardInterrupt: stopped by the user, after a checkpoint.
+        RunError: the run had to stop: a loss or weights that are not finite, a full disk.
+        Stopped: a KeyboardInterrupt, by Ctrl-C or another signal, after a checkpoint.
     """
-    output = config.output_dir()
-    config = auto.resumed(config)
     accelerator = start_accelerator(config)
-    setup.check_output(config)
-    if (output / "report.html").exists():
+    with StopSignals() as stop, ExitStack() as held:
+        on_main(accelerator, lambda: held.enter_context(run_folder.locked(config.output_dir())))
+        return run_in_folder(config, accelerator, stop)
+
+
+def run_in_folder(config: UnlearnConfig, accelerator: Accelerator, stop: StopSignals) -> Path:
+    """`unlearn`, in a folder that no other process writes to."""
+    output = config.output_dir()
+    config = on_main(accelerator, lambda: auto.resumed(config, run_folder.saved_config(output)))
+    on_main(accelerator, lambda: run_folder.check_output(config))
+    if on_main(accelerator, lambda: run_folder.is_complete(output)):
         logger.warning("%s is complete: nothing is left to do", output)
         return output
 
     tokenizer = load_tokenizer(config.model)
     forget, retain, heldout = setup.read_data(config, tokenizer)
     facts = {"data": setup.fingerprint(forget, retain), "ranks": accelerator.num_processes}
-    checkpoint = setup.newest_checkpoint(config, facts)
-    config = auto.chosen_by_main(config, accelerator, forget, retain)
+    checkpoint = on_main(accelerator, lambda: setup.newest_checkpoint(config, facts))
+    if config.auto:
+        device, ranks = accelerator.device, accelerator.num_processes
+        config = on_main(accelerator, lambda: auto.choose_here(config, forget, retain, device, ranks))
     model = setup.build_model(config, accelerator.device)
+    facts["model"] = on_main(accelerator, lambda: model_digest(model))
+    if checkpoint is not None:
+        setup.refuse_other_facts(config, checkpoint, facts)
     setup.check_tokens(model, [*forget, *retain, *heldout])
     collator = setup.make_collator(config, model, tokenizer, accelerator.device)
     setup.check_pieces(collator.packed, forget)
     collator = setup.with_exact_ratio(config, model, collator, forget)
     accelerator.wait_for_everyone()  # until every rank has seen the folder as it was
     if accelerator.is_main_process:
-        setup.open_output(config)
-    collator = with_reference(config, accelerator, model, collator, forget, reload=checkpoint is not None)
+        run_folder.open_output(config, checkpoint)
+        restore_run_files(checkpoint, output)
+    collator = with_reference(
+        config, accelerator, model, facts["model"], collator, forget, reload=checkpoint is not None
+    )
     run = Run(config, accelerator, model, tokenizer, collator, forget, retain, heldout, facts)
 
     result.evaluate(run, "before")
-    clock = train(run, checkpoint)
+    clock = train(run, checkpoint, stop)
     result.evaluate(run, "after")
     if accelerator.is_main_process:
+        result.check_finite(run)
         result.save_model(run)
         result.write_summary(run, clock)
         write_report(output)
+        run_folder.write_complete(output)
     accelerator.wait_for_everyone()
     return output
 
@@ -142,25 +158,27 @@ def start_accelerator(config: UnlearnConfig) -> Accelerator:
     return accelerator
 
 
-def train(run: Run, checkpoint: Path | None) -> Clock:
-    """Takes every step that `checkpoint` has not taken, and leaves a checkpoint of the last one."""
+def train(run: Run, checkpoint: Path | None, stop: StopSignals) -> Clock:
+    """Takes every step that `checkpoint` has not taken, and leaves a checkpoint of the last one.
+
+    Raises:
+        Stopped: a signal has asked to stop; there is a checkpoint of the step that was being taken.
+        RunError: the loss or the weights are no longer finite, a step does not fit, or the disk is full.
+    """
     config, accelerator, num_steps = run.config, run.accelerator, run.num_steps
     rank, world = accelerator.process_index, accelerator.num_processes
     optimizer = make_optimizer(
         run.model.parameters(), config.weight_decay, name=config.optimizer, gradient_release=config.gradient_release
     )
-    state = {"step": 0, "tokens": 0, "seconds": 0.0}
+    state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "out_of_memory": []}
     if checkpoint is not None:
         load_checkpoint(checkpoint, run.model, optimizer)
         state = read_state(checkpoint)
     start = state["step"]
-    if accelerator.is_main_process:
-        drop_rows_after(run.output / "metrics.jsonl", start)
-        drop_rows_after(run.output / "weights.jsonl", start - 1)
     sampler = Sampler(run.forget, run.retain, config.batch_size, config.retain_sequences(), config.seed, world)
     model = accelerator.prepare(run.model).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    smaller = SmallerSteps(run.output, config, run.model)
+    smaller = SmallerSteps(run.output, config, run.model, state["out_of_memory"])
     if world > 1 and start < num_steps:
         # DistributedDataParallel decides after its first backward in which order it adds up from then on: that one is
         # thrown away, so that the sums of a resumed run round as those of one that was not stopped
@@ -168,7 +186,7 @@ def train(run: Run, checkpoint: Path | None) -> Clock:
         optimizer.zero_grad()
 
     clock = Clock(state["tokens"], state["seconds"])
-    with RunLog(run.output, start, num_steps, enabled=accelerator.is_main_process) as log, interrupts(world) as stop:
+    with RunLog(run.output, start, num_steps, enabled=accelerator.is_main_process) as log, stop.deferred():
         for step in range(start, num_steps):
             if config.weight_examples and step in (0, num_steps // 2):
                 log.weights(forget_weights(run, step))
@@ -176,7 +194,7 @@ def train(run: Run, checkpoint: Path | None) -> Clock:
             set_learning_rate(optimizer, rate)
             totals = smaller.accumulate(accelerator, model, run.collator, sampler, step)
             grad_norm = clip_gradients(parameters, config.max_grad_norm).item()
-            if not (math.isfinite(totals.loss) and math.isfinite(grad_norm)):
+            if not (all(map(math.isfinite, totals)) and math.isfinite(grad_norm)):
                 what = f"step {step + 1}: the loss is {totals.loss} and the gradient norm {grad_norm}"
                 raise not_finite(what, run.model, config, run.collator, sampler.step(step, rank))
             optimizer.step()
@@ -187,12 +205,14 @@ def train(run: Run, checkpoint: Path | None) -> Clock:
             if done % config.logging_steps == 0 or done == num_steps:
                 log.step(metrics_row(run, done, totals, grad_norm, rate, clock))
             is_save_step = config.save_steps and done % config.save_steps == 0
-            if (is_save_step or done == num_steps or stop.is_set()) and accelerator.is_main_process:
-                state = {"tokens": clock.tokens, "seconds": clock.seconds(), **run.facts}
-                folder = run.output / "checkpoints"
-                save_checkpoint(folder, done, run.model, optimizer, state, keep=config.keep_checkpoints)
-            if stop.is_set() and done < num_steps:
-                raise KeyboardInterrupt
+            signum = stop.agreed(accelerator.device)
+            if (is_save_step or done == num_steps or signum) and accelerator.is_main_process:
+                state = {"tokens": clock.tokens, "seconds": clock.seconds(), "out_of_memory": smaller.changes}
+                state |= {"config": config.fixed(), **run.facts}
+                save_checkpoint(run.output, done, run.model, optimizer, state, keep=config.keep_checkpoints)
+            if signum:
+                accelerator.wait_for_everyone()  # none may end before the checkpoint is written
+                raise Stopped(signum, together=world > 1)
         if config.weight_examples:
             log.weights(forget_weights(run, num_steps))
     return clock
@@ -229,26 +249,3 @@ def forget_weights(run: Run, step: int) -> dict[str, Any]:
         "logps": list(logps),
         "weights": list(weights),
     }
-
-
-@contextmanager
-def interrupts(world: int) -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, so that a step is finished and saved first; a second Ctrl-C stops at once.
-
-    With several ranks, which would not see it in the same step, Ctrl-C stops at once.
-    """
-    event = threading.Event()
-    if world > 1 or threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    previous = signal.getsignal(signal.SIGINT)
-
-    def on_interrupt(signum: int, frame: FrameType | None) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, previous)
-
-    signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -29,6 +29,7 @@ def with_reference(
     config: UnlearnConfig,
     accelerator: Accelerator,
     model: nn.Module,
+    digest: str,
     collator: Collator,
     forget: list[Example],
     *,
@@ -41,6 +42,7 @@ def with_reference(
 
     Args:
         model: attached, on its device.
+        digest: the model's, see `simnpo.training.reference_cache.model_digest`.
         reload: take those of reference.json if it is there, for a run that goes on.
     """
     objective = config.objective()
@@ -52,7 +54,7 @@ def with_reference(
     accelerator.wait_for_everyone()  # until every rank has seen whether it is there
     if not known:
         examples = [*forget, *(example.alternate for example in forget if example.alternate is not None)]
-        values = _found_or_computed(config, accelerator, model, collator, forget, examples, per_token)
+        values = _found_or_computed(config, accelerator, model, digest, collator, forget, examples, per_token)
         if accelerator.is_main_process:
             write_json(path, {example.id: value for example, value in zip(examples, values, strict=True)})
     accelerator.wait_for_everyone()
@@ -61,13 +63,13 @@ def with_reference(
 
 
 def _found_or_computed(
-    config: UnlearnConfig, accelerator: Accelerator, model: nn.Module, collator: Collator, forget: list[Example],
-    examples: list[Example], per_token: bool,
+    config: UnlearnConfig, accelerator: Accelerator, model: nn.Module, digest: str, collator: Collator,
+    forget: list[Example], examples: list[Example], per_token: bool,
 ) -> list[Any]:  # fmt: skip
     """What the cache has, which only the first rank reads and writes; otherwise all compute their share."""
     found, file = None, None
     if accelerator.is_main_process:
-        key = cache_key(config, model, collator, forget, per_token=per_token)
+        key = cache_key(config, model, digest, collator, forget, per_token=per_token)
         file = cache_folder(config) / f"{key}.safetensors"
         sizes = [len(example.input_ids) for example in examples] if per_token else None
         found = read_references(file, sizes, len(examples))

@@ -43,15 +43,16 @@ def cache_folder(config: UnlearnConfig) -> Path:
 
 
 def cache_key(
-    config: UnlearnConfig, model: nn.Module, collator: Collator, forget: list[Example], *, per_token: bool
+    config: UnlearnConfig, model: nn.Module, digest: str, collator: Collator, forget: list[Example], *, per_token: bool
 ) -> str:
-    """Changes with everything that changes the numbers by more than the rounding of another `chunk_tokens`."""
-    lm = causal_lm(model)
-    settings = json.loads(lm.config.to_json_string(use_diff=False))
+    """Changes with everything that changes the numbers by more than the rounding of another `chunk_tokens`.
+
+    Args:
+        digest: the model's, see `model_digest`.
+    """
     facts = {
-        "weights": weights_digest(model),
-        "model": {name: value for name, value in settings.items() if name not in NAMES},
-        "attention": lm.config._attn_implementation,
+        "model": digest,
+        "attention": causal_lm(model).config._attn_implementation,
         "precision": config.precision,
         "logits": str(collator.logits_dtype),
         "exact_ratio": collator.exact_ratio,
@@ -64,6 +65,13 @@ def cache_key(
         "versions": [importlib.metadata.version(name) for name in ("torch", "transformers")],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def model_digest(model: nn.Module) -> str:
+    """SHA-256 over the weights and the configuration of a model."""
+    settings = json.loads(causal_lm(model).config.to_json_string(use_diff=False))
+    facts = {name: value for name, value in settings.items() if name not in NAMES}
+    return hashlib.sha256(json.dumps([weights_digest(model), facts], sort_keys=True).encode()).hexdigest()
 
 
 @torch.no_grad()
@@ -132,7 +140,7 @@ def write_references(path: Path, values: Sequence[Any], *, per_token: bool) -> N
     data = save({"logps": logps, "key": _digest(path.stem.encode()), "checksum": _digest(logps)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, data, shared=True)
+        write_bytes(path, data)
         remove_leftovers(path.parent, older_than=ABANDONED)
     except (OSError, RunError) as error:
         logger.warning("reference_cache: the reference log-probabilities are not kept for other runs: %s", error)

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import logging
+import math
 import platform
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,9 +14,11 @@ from rich.console import Console
 
 import simnpo
 import simnpo.evaluation.examples as evaluation
+from simnpo.errors import RunError
 from simnpo.model import load_weights
+from simnpo.training.checkpoint import not_finite
 from simnpo.training.disk import whole_folder, write_json
-from simnpo.training.forward import autocast
+from simnpo.training.forward import autocast, sequence_logps
 from simnpo.training.log import Clock, peak_memory_mib
 
 if TYPE_CHECKING:
@@ -24,11 +27,25 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+def check_finite(run: "Run") -> None:
+    """Refuses a model that computes no finite log-probability, however finite its weights are.
+
+    Raises:
+        RunError: the first forget example has none; nothing is handed over.
+    """
+    [[logp]] = [sequence_logps(run.model, run.config, run.collator, [[run.forget[0]]])]
+    if not math.isfinite(logp):
+        raise RunError(
+            f"after the last step the log-probability of {run.forget[0].id} is {logp}, so no model is written; a lower "
+            "learning_rate may help"
+        )
+
+
 def save_model(run: "Run") -> None:
     """Writes the unlearned model and its tokenizer to `model/`; with LoRA merged, and the adapter alone to `adapter/`.
 
     Raises:
-        RunError: the disk is full.
+        RunError: the disk is full, or a merged weight is not finite.
     """
     model: Any = run.model
     if isinstance(model, PeftModel):
@@ -40,6 +57,9 @@ def save_model(run: "Run") -> None:
             model = PeftModel.from_pretrained(base, str(run.output / "adapter"))
         # in fp32, or most of what the adapters add would be less than the last digit of a bf16 weight
         model = model.cpu().float().merge_and_unload()
+        if name := not_finite(dict(model.named_parameters())):
+            raise RunError(f"{name} is not finite with what its adapter adds, so no model is written; a lower "
+                           "learning_rate or lora_alpha may help")  # fmt: skip
     with whole_folder(run.output / "model") as folder:
         model.save_pretrained(str(folder))
         run.tokenizer.save_pretrained(folder)

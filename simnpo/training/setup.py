@@ -1,9 +1,8 @@
-"""What stands before the first step: the folder, the data, the model."""
+"""What stands before the first step: the data, the model, and the checkpoint to continue from."""
 
 import hashlib
 import json
 import logging
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +18,11 @@ from simnpo.memory.checkpoints import checkpoint_layers
 from simnpo.memory.tiles import tile_layers
 from simnpo.model import add_lora, causal_lm, keeps_sequences_apart, load_weights, shares_prefix
 from simnpo.pieces import separate, split
-from simnpo.training.checkpoint import checkpoints, keep_newest, read_state
-from simnpo.training.disk import remove_leftovers, write_json
+from simnpo.training import checkpoint
 from simnpo.training.forward import Collator, arithmetic, autocast
 from simnpo.upcast import check_float32
 
 logger = logging.getLogger(__name__)
-
-
-def check_output(config: UnlearnConfig) -> None:
-    """Whether the output folder is free for a new run, or holds one that `config` can resume.
-
-    Raises:
-        UserError: it holds a run and there is no `resume`, or the configurations differ in what matters.
-    """
-    output = config.output_dir()
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output must be a folder, and {output} is a file")
-    saved = output / "config.json"
-    if not saved.exists():
-        return
-    if not config.resume:
-        raise UserError(f"{output} already holds a run: continue it with --resume, or choose another --output")
-    config.refuse_changes(json.loads(saved.read_text(encoding="utf-8")))
-
-
-def open_output(config: UnlearnConfig) -> None:
-    """Makes the output folder, once everything that can be wrong with the input has been looked at."""
-    output = config.output_dir()
-    output.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(output)
-    remove_leftovers(output / "checkpoints")
-    keep_newest(output / "checkpoints", config.keep_checkpoints)
-    write_json(output / "config.json", asdict(config))
 
 
 def newest_checkpoint(config: UnlearnConfig, facts: dict[str, Any]) -> Path | None:
@@ -61,16 +32,21 @@ def newest_checkpoint(config: UnlearnConfig, facts: dict[str, Any]) -> Path | No
         facts: what has to be as it was when the checkpoint was written, besides the configuration.
 
     Raises:
-        UserError: one of `facts` has changed; names it.
+        UserError: no checkpoint is intact, or the configuration or one of `facts` has changed; names it.
     """
-    found = checkpoints(config.output_dir() / "checkpoints")
-    if not found:
-        return None
-    state = read_state(found[-1])
+    path = checkpoint.newest_checkpoint(config.output_dir() / "checkpoints")
+    if path is not None:
+        config.refuse_changes(checkpoint.read_state(path)["config"])
+        refuse_other_facts(config, path, facts)
+    return path
+
+
+def refuse_other_facts(config: UnlearnConfig, path: Path, facts: dict[str, Any]) -> None:
+    """Raises `UserError` naming those of `facts` that differ from what checkpoint `path` was written with."""
+    state = checkpoint.read_state(path)
     changed = [f"{name} (was {state[name]!r}, now {value!r})" for name, value in facts.items() if state[name] != value]
     if changed:
         raise UserError(f"--resume cannot continue {config.output} to the same bits, changed: {', '.join(changed)}")
-    return found[-1]
 
 
 def read_data(config: UnlearnConfig, tokenizer: Any) -> tuple[list[Example], list[Example], list[Example]]:

@@ -1,12 +1,14 @@
 """A step that runs out of memory is taken again in smaller pieces: the same mathematics, less of it at once.
 
 Each time the micro-batches are halved, and once they are single sequences the chunk of the loss. What was decided in
-which step is kept in out_of_memory.json, so that a resumed run takes every step as it was taken.
+which step is kept in out_of_memory.json and in the checkpoints, so that a resumed run takes every step as it was taken.
 """
 
 import gc
+import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from torch import nn
 
 from simnpo.batch import Sampler, seed_torch
 from simnpo.config import UnlearnConfig
-from simnpo.errors import RunError
+from simnpo.errors import RunError, UserError
 from simnpo.kernels.chunks import MIN_CHUNK_TOKENS, default_chunk_tokens
 from simnpo.model import output_head
 from simnpo.training.disk import write_json
@@ -44,12 +46,36 @@ class SmallerSteps:
         output: folder of the run, which may hold the out_of_memory.json of the part of it that is done.
         config: as the user gave it.
         model: attached, to learn the size of a chunk from.
+        known: the changes up to the checkpoint that the run continues from, in case the file has gone.
+
+    Raises:
+        UserError: out_of_memory.json is damaged.
     """
 
-    def __init__(self, output: Path, config: UnlearnConfig, model: nn.Module) -> None:
+    def __init__(
+        self, output: Path, config: UnlearnConfig, model: nn.Module, known: Sequence[dict[str, Any]] = ()
+    ) -> None:
         self.path, self.config, self.model = output / "out_of_memory.json", config, model
-        found = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else []
-        self.changes: list[dict[str, Any]] = found
+        found = self._read()
+        self.changes: list[dict[str, Any]] = [*known] if found is None else found
+
+    def _read(self) -> list[dict[str, Any]] | None:
+        if not self.path.exists():
+            return None
+        try:
+            saved = json.loads(self.path.read_bytes())
+            changes, sound = saved["changes"], saved["sha256"] == self._digest(saved["changes"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            changes, sound = [], False
+        if not sound:
+            raise UserError(
+                f"{self.path} is damaged or belongs to another run, and says how steps were taken: once it is removed, "
+                "--resume goes by what the checkpoint knows of it"
+            )
+        return changes
+
+    def _digest(self, changes: Any) -> str:
+        return hashlib.sha256(json.dumps([self.config.fixed(), changes], sort_keys=True).encode()).hexdigest()
 
     def config_at(self, step: int) -> UnlearnConfig:
         """The configuration of a step, counted from 0."""
@@ -100,7 +126,7 @@ class SmallerSteps:
                 "checkpoints are intact; `simnpo plan` names settings that fit"
             )
         self.changes.append({"step": step, **change})
-        write_json(self.path, self.changes)
+        write_json(self.path, {"changes": self.changes, "sha256": self._digest(self.changes)})
         now = ", ".join(f"{name} {value}" for name, value in change.items())
         if config.gradient_release:
             raise RunError(
