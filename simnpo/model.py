@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from simnpo.batch import Batch
 from simnpo.errors import UserError
 from simnpo.kernels.parallel import whole
+from simnpo.training.digests import check_written_model
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ def load_weights(
     Raises:
         UserError: there is no such model, transformers cannot read it, or bitsandbytes is not installed.
     """
+    check_written_model(Path(name_or_path))
     is_gguf = name_or_path.endswith(".gguf")
     if in_4bit_on is not None and is_gguf:
         raise UserError(f"load_in_4bit: {name_or_path} is a GGUF file, which is loaded as it is: give a folder or id")

@@ -180,7 +180,7 @@ def check_a_resumed_run():
     )  # fmt: skip
     unlearn(config)
     if rank == 0:
-        done = ("report.html", "model", *(f"checkpoints/step-0000000{step}" for step in (3, 4)))
+        done = ("report.html", "complete.json", "model", *(f"checkpoints/step-0000000{step}" for step in (3, 4)))
         shutil.copytree(files["whole"], files["resumed"])
         for name in done:
             remove = shutil.rmtree if (files["resumed"] / name).is_dir() else os.remove
@@ -371,6 +371,23 @@ def test_two_ranks_take_the_steps_of_one_and_survive_the_death_of_one(
             ours, theirs = (one[when][name]["examples"] for one in scores)
             assert [one["id"] for one in ours] == [one["id"] for one in theirs]
             assert [one["nll"] for one in ours] == pytest.approx([one["nll"] for one in theirs], rel=1e-4)
+
+    # a signal to one rank ends both after the same step
+    stopped = tmp_path / "stopped"
+    process = launch(stopped, "--save_steps=0")
+    while not (stopped / "metrics.jsonl").exists():
+        assert process.poll() is None, "the run ended before it could be stopped"
+        time.sleep(0.005)
+    os.kill(workers(process.pid)[1], signal.SIGTERM)
+    assert process.wait() != 0
+    said = (tmp_path / "stopped.log").read_text()
+    assert said.count("stopped by SIGTERM: the same command with --resume continues") == 2, said
+    [saved] = checkpoints(stopped / "checkpoints")
+    assert saved.name == f"step-{read_rows(stopped / 'metrics.jsonl')[-1]['step']:08d}"
+    assert launch(stopped, "--save_steps=0", "--resume").wait() == 0, (tmp_path / "stopped.log").read_text()
+    resumed, whole = outcome(stopped), outcome(both)
+    assert resumed.pop("checkpoints") == [saved.name, whole.pop("checkpoints")[-1]]
+    assert resumed == whole
 
     killed = tmp_path / "killed"
     process = launch(killed)

@@ -71,12 +71,21 @@ def check_report_inputs(run: Path) -> None:
                 "checkpoint"
             )
         return
-    # the newest checkpoint has the logs as they were when it was written; since then they have only grown
-    for checkpoint in sorted(run.glob("checkpoints/step-*"))[-1:]:
-        for saved in (checkpoint / "run").glob("*.jsonl"):
-            log = run / saved.name
-            if not log.is_file() or not log.read_bytes().startswith(saved.read_bytes()):
-                raise UserError(f"{log} is not what the run wrote: continue the run with --resume, which puts it right")
+    # the newest checkpoint knows what the files were when it was written; since then they have only grown
+    for checkpoint in sorted(run.glob("checkpoints/step-[0-9]*"))[-1:]:
+        try:
+            known = {"config.json": json.loads((checkpoint / "state.json").read_bytes())["config"]}
+            known |= {path.name: json.loads(path.read_bytes()) for path in (checkpoint / "run").glob("evaluation.json")}
+            grown = {name for name, value in known.items() if json.loads((run / name).read_bytes()).items() >= value.items()}
+            for path in (checkpoint / "run").glob("*.jsonl"):
+                known[path.name] = path.read_bytes()
+                grown |= {path.name} if (run / path.name).read_bytes().startswith(known[path.name]) else set()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"{run}: a file of the run or of its newest checkpoint is damaged ({error}): --resume puts it right"
+            ) from error
+        if changed := sorted(known.keys() - grown):
+            raise UserError(f"{run / changed[0]} is not what the run wrote: --resume puts it right")
 
 
 def check_written_model(folder: Path) -> None:

@@ -18,7 +18,7 @@ from simnpo.errors import RunError
 from simnpo.model import load_weights
 from simnpo.training.checkpoint import not_finite
 from simnpo.training.disk import whole_folder, write_json
-from simnpo.training.forward import autocast, sequence_logps
+from simnpo.training.forward import autocast, in_pieces, sequence_logps
 from simnpo.training.log import Clock, peak_memory_mib
 
 if TYPE_CHECKING:
@@ -28,17 +28,20 @@ logger = logging.getLogger(__name__)
 
 
 def check_finite(run: "Run") -> None:
-    """Refuses a model that computes no finite log-probability, however finite its weights are.
+    """Refuses a model whose log-probabilities are not finite, however finite its weights are.
 
     Raises:
-        RunError: the first forget example has none; nothing is handed over.
+        RunError: one of the first forget and retain examples, a step's worth, has none; nothing is handed over.
     """
-    [[logp]] = [sequence_logps(run.model, run.config, run.collator, [[run.forget[0]]])]
-    if not math.isfinite(logp):
-        raise RunError(
-            f"after the last step the log-probability of {run.forget[0].id} is {logp}, so no model is written; a lower "
-            "learning_rate may help"
-        )
+    B = run.config.batch_size
+    _, batches = in_pieces([*run.forget[:B], *run.retain[:B]], packed=run.collator.packed)
+    logps = sequence_logps(run.model, run.config, run.collator, batches)
+    for example, logp in zip((example for batch in batches for example in batch), logps, strict=True):
+        if not math.isfinite(logp):
+            raise RunError(
+                f"after the last step the log-probability of {example.id} is {logp}, so no model is written; a lower "
+                "learning_rate may help"
+            )
 
 
 def save_model(run: "Run") -> None:
