@@ -12,7 +12,9 @@ WORKERS ?= 2
 # the oldest versions of what the integrations stand on, in an environment of their own
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest lint clean
+AUDIT := .venv-audit
+
+.PHONY: demo test test-faults test-oldest lint audit clean
 
 demo: $(VENV)/.run
 	$(BIN)/simnpo demo
@@ -22,6 +24,15 @@ test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 	! $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || \
 		SIMNPO_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/test_device.py tests/test_device_ranks.py
+
+# every fault and thousands of made-up inputs, of which `make test` tries a sample; takes hours
+FAULTS := tests/test_exit_contract.py tests/test_fault_matrix.py tests/test_model_folders.py tests/test_run_states.py
+test-faults: $(VENV)/.test
+	SIMNPO_FAULTS=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist load --capture=no $(FAULTS)
+
+# known vulnerabilities of what is installed in .venv; asks a server for them
+audit: $(VENV)/.test $(AUDIT)/.audit
+	$(AUDIT)/bin/pip-audit --strict --skip-editable --vulnerability-service osv --path $(VENV)/lib/python*/site-packages
 
 test-oldest: $(OLDEST)/.test
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile tests/integrations
@@ -47,9 +58,14 @@ $(OLDEST)/.test: setup.py constraints-oldest.txt
 		--editable . pytest pytest-benchmark pytest-xdist triton
 	touch $@
 
+$(AUDIT)/.audit: constraints.txt
+	test -x $(AUDIT)/bin/python || $(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt pip-audit
+	touch $@
+
 $(VENV)/.lint: $(VENV)/.test
 	$(PIP) --editable .[lint]
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(AUDIT) build dist *.egg-info
