@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +82,11 @@ def check_prefix(arguments: argparse.Namespace) -> None:
 
 def read(arguments: argparse.Namespace, path: str, name: str) -> Any:
     """The questions of a file, as the model `name` reads them."""
-    from simnpo.data import read_rows
     from simnpo.evaluation.questions import encode_questions
     from simnpo.model import load_tokenizer
+    from simnpo.rows import read_rows
 
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    rows = list(read_rows(Path(path)))[: arguments.max_examples]
+    rows = list(islice(read_rows(Path(path)), arguments.max_examples))
     if not rows:
         raise UserError(f"{path} is empty")
     return encode_questions(rows, load_tokenizer(name), arguments.max_length or MAX_LENGTH)
