@@ -10,7 +10,7 @@ from dataclasses import fields
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from simnpo.errors import exit_status
+from simnpo.errors import LogLine, UserError, check_arguments, exit_status
 
 if TYPE_CHECKING:
     from simnpo.config import UnlearnConfig
@@ -40,6 +40,12 @@ MODULES = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, 1 a run had to stop, 2 wrong input, 130 interrupted."""
+    return exit_status(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: list[str]) -> int:
+    """Finds the command and runs it; see `main`, which turns what this raises into an exit status."""
+    check_arguments(argv)
     parser = argparse.ArgumentParser("simnpo", description="SimNPO and NPO unlearning of language models.")
     parser.add_argument("--version", action="version", version=f"simnpo {version('simnpo')}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -47,9 +53,11 @@ def main(argv: list[str] | None = None) -> int:
         # each command reads its own options, so that only the one that runs is imported
         commands.add_parser(name, help=text, add_help=False)
     arguments, options = parser.parse_known_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogLine("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
-        return exit_status(lambda: command_main(arguments.command)(options))
+        return command_main(arguments.command)(options)
     except KeyboardInterrupt:
         hint = ": the same command with --resume continues from the newest checkpoint"
         print(f"interrupted{hint if arguments.command == 'unlearn' else ''}", file=sys.stderr)
@@ -106,6 +114,8 @@ def read_config(options: list[str], prog: str, description: str) -> "UnlearnConf
     )
     parser.add_argument("--list-methods", action=ListMethods, help="show every --method with its formula, and stop")
     arguments = parser.parse_args(options)
+    if not arguments.output.strip():
+        raise UserError("output must be a folder, got an empty name")
     return UnlearnConfig(**{field.name: getattr(arguments, field.name) for field in fields(UnlearnConfig)})
 
 
