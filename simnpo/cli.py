@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from simnpo.errors import LogLine, UserError, check_arguments, exit_status
+from simnpo.text import visible
 
 if TYPE_CHECKING:
     from simnpo.config import UnlearnConfig
@@ -93,7 +94,7 @@ def unlearn(options: list[str]) -> int:
     disable_progress_bar()
     output = unlearn(config)
     if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
-        print(f"unlearned model: {output / 'model'}\nreport: {output / 'report.html'}")
+        print(visible(f"unlearned model: {output / 'model'}\nreport: {output / 'report.html'}"))
     if torch.distributed.is_initialized():
         # a rank whose threads are still listening when the interpreter ends is aborted
         torch.distributed.destroy_process_group()
