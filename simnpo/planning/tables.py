@@ -56,7 +56,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(
         f"{escape(visible(config.model))}: {plan.shape.num_parameters / 1e6:.4g} M parameters, "
         f"{plan.shape.num_layers} layers, D = {plan.shape.hidden_size}, V = {plan.shape.vocab_size}; {what}, "
-        f"{config.method}, {config.batch_size} forget and {config.retain_sequences()} retain sequences of {plan.context} tokens a step, {config.precision}",
+        f"{config.method}, {config.batch_size} forget and {config.retain_sequences()} retain sequences of "
+        f"{plan.context} tokens a step, {config.precision}",
         soft_wrap=True,
     )
     where, who = ("GPU", "the CUDA context") if machine.on_gpu else ("CPU", "Python")
