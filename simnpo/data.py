@@ -175,7 +175,9 @@ def _kept(
     input_ids = [i for ids, _ in segments for i in ids]
     labels = [i if is_target else IGNORE_INDEX for ids, is_target in segments for i in ids]
     is_cut = max_length is not None and len(input_ids) > max_length
-    turns_left = [start for start, is_target in _starts(segments) if is_target and (not is_cut or start < max_length)]
+    turns_left = [
+        start for start, is_target in _starts(segments) if is_target and (max_length is None or start < max_length)
+    ]
     prompt, response = spoken[: max(1, len(turns_left))][-1]
     if is_cut:
         labels = labels[:max_length]

@@ -38,7 +38,7 @@ def main(options: list[str]) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
     memory = None if arguments.gpu_memory is None else parse_memory(arguments.gpu_memory)
     if memory is not None and not is_float32(memory):
-        raise UserError(f"gpu_memory must be in the range of float32, got {shorten(arguments.gpu_memory)}")
+        raise UserError(f"gpu_memory must be in the range of float32, got {shorten(str(arguments.gpu_memory))}")
     on_gpu = device.type == "cuda" or (memory is not None and not arguments.cpu)
     rates = {
         "gemm_flops": (arguments.gemm_tflops, 1e12),
