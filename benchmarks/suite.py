@@ -217,6 +217,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("bench-results"))
     parser.add_argument("--name", default="bench", help="of the files in --output")
     options = parser.parse_args(argv)
+    for name in ("sequence_tokens", "check_tokens", "rounds"):
+        if (value := getattr(options, name)) is not None and not 1 <= value < 2**31:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1 and below 2^31, got {value}")
+    if not 0 <= options.minutes < float("inf"):
+        parser.error(f"--minutes must be 0 or more and finite, got {options.minutes}")
+    try:
+        torch.device(options.device)
+    except RuntimeError as error:
+        parser.error(f"--device must be a device of torch, got {options.device!r}: {str(error).splitlines()[0]}")
     preset = PRESETS[options.preset or ("full" if options.device.startswith("cuda") else "small")]
     for field, value in preset.items():
         if getattr(options, field) is None:
@@ -224,7 +233,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if options.real:
         options.shapes, options.spectra = ["real"], ["real"]
     for N in options.tokens:
-        if N < 1 or N % (2 * options.sequence_tokens):
+        if not 1 <= N < 2**31 or N % (2 * options.sequence_tokens):
             parser.error(f"--tokens must be multiples of {2 * options.sequence_tokens} (half of them retain), got {N}")
     return options
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -69,11 +69,20 @@ def check_targets(values: Tensor, targets: Tensor) -> None:
         raise ValueError(f"targets must be on {values.device}, got {targets.device}")
 
 
+def check_objective(objective: object) -> None:
+    """Whether it is an objective, and not the class of one, whose settings nobody has chosen."""
+    if isinstance(objective, type) and issubclass(objective, get_args(Objective)):
+        raise TypeError(f"objective must be an instance: write {objective.__name__}(), got the class")
+    if not isinstance(objective, get_args(Objective)):
+        raise TypeError(f"objective must be one of simnpo.objectives, as SimNPO(), got {objective!r}")
+
+
 def check_sequences(
     B: int, retain_mask: Tensor | None, ref_logps: Tensor | None, objective: Objective, num_forget: int | None,
     num_retain_tokens: int | None, alternates: Tensor | None,
 ) -> None:  # fmt: skip
     """The per-sequence arguments, and what the means over them divide by."""
+    check_objective(objective)
     if B == 0:
         raise ValueError("the batch must hold at least one sequence, got none")
     name = type(objective).__name__

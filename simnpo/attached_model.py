@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from simnpo.errors import UserError
 from simnpo.kernels.backend import IGNORE_INDEX
+from simnpo.kernels.checks import check_objective
 from simnpo.kernels.linear_logps import linear_logps
 from simnpo.kernels.linear_unlearn_loss import UnlearnLoss, linear_unlearn_loss
 from simnpo.model import (
@@ -243,6 +244,8 @@ def _loss_forward(lm: Any, objective: Objective | None, token_logps: bool, input
     """The body on the model's own arguments, then the loss inside the head's forward."""
     if objective is not None and token_logps:
         raise ValueError("objective and token_logps=True ask for two different results: pass one of them")
+    if objective is not None:
+        check_objective(objective)  # before the model runs
     for name, reason in REFUSED.items():
         if inputs.pop(name, None) is not None:
             raise ValueError(f"{name} has no meaning in a loss without logits: {reason}")

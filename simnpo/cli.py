@@ -10,7 +10,8 @@ from dataclasses import fields
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from simnpo.errors import exit_status
+from simnpo.errors import LogLine, UserError, check_arguments, exit_status
+from simnpo.text import visible
 
 if TYPE_CHECKING:
     from simnpo.config import UnlearnConfig
@@ -44,6 +45,12 @@ def main(argv: list[str] | None = None) -> int:
     It is 0, 1 where a run had to stop, 2 for wrong input, and 128 and the number of the signal that stopped it: 130 for
     Ctrl-C, 143 for SIGTERM, 129 for SIGHUP, 138 for SIGUSR1.
     """
+    return exit_status(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: list[str]) -> int:
+    """Finds the command and runs it; see `main`, which turns what this raises into an exit status."""
+    check_arguments(argv)
     parser = argparse.ArgumentParser("simnpo", description="SimNPO and NPO unlearning of language models.")
     parser.add_argument("--version", action="version", version=f"simnpo {version('simnpo')}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -51,9 +58,11 @@ def main(argv: list[str] | None = None) -> int:
         # each command reads its own options, so that only the one that runs is imported
         commands.add_parser(name, help=text, add_help=False)
     arguments, options = parser.parse_known_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogLine("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
-        return exit_status(lambda: command_main(arguments.command)(options))
+        return command_main(arguments.command)(options)
     except KeyboardInterrupt as error:
         hint = ": the same command with --resume continues from the newest checkpoint"
         what = f"stopped by {error}" if str(error) not in ("", "SIGINT") else "interrupted"
@@ -96,7 +105,7 @@ def unlearn(options: list[str]) -> int:
             torch.distributed.destroy_process_group()
         raise
     if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
-        print(f"unlearned model: {output / 'model'}\nreport: {output / 'report.html'}")
+        print(visible(f"unlearned model: {output / 'model'}\nreport: {output / 'report.html'}"))
     if torch.distributed.is_initialized():
         # a rank whose threads are still listening when the interpreter ends is aborted
         torch.distributed.destroy_process_group()
@@ -117,6 +126,8 @@ def read_config(options: list[str], prog: str, description: str) -> "UnlearnConf
     )
     parser.add_argument("--list-methods", action=ListMethods, help="show every --method with its formula, and stop")
     arguments = parser.parse_args(options)
+    if not arguments.output.strip():
+        raise UserError("output must be a folder, got an empty name")
     return UnlearnConfig(**{field.name: getattr(arguments, field.name) for field in fields(UnlearnConfig)})
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from simnpo.errors import UserError
+from simnpo.text import shorten
 
 if TYPE_CHECKING:
     from simnpo.objectives import Objective
@@ -16,6 +17,16 @@ if TYPE_CHECKING:
 LONG_TARGETS = 1024
 # a resumed run may differ in these; every other field changes the weights or the report that come out
 FREE_ON_RESUME = {"output", "resume", "save_steps", "keep_checkpoints", "logging_steps", "reference_cache"}
+
+# what float32 holds in full precision, for a setting ends up in a tensor
+SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+LARGEST_INT = 2**31 - 1
+MOST = {"seed": 2**63 - 1, **dict.fromkeys(("batch_size", "retain_batch_size", "lora_rank"), 65536)}
+
+
+def is_float32(value: float) -> bool:
+    """Whether a number is one in float32 too: not NaN, not infinite, not 0 unless it is 0."""
+    return value == 0 or SMALLEST <= abs(value) <= LARGEST
 
 
 def _option(text: str, **kwargs: Any) -> Any:
@@ -147,6 +158,9 @@ class UnlearnConfig:
     resume: bool = _option("Continue the run in --output from its newest checkpoint, to the same bits.", default=False)
 
     def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for name, kind in hints.items():
+            self._check_kind(name, kind, getattr(self, name))
         for name in ("lora_rank", "batch_size", "gradient_accumulation_steps", "keep_checkpoints", "logging_steps"):
             self._require(name, "at least 1", getattr(self, name) >= 1)
         for name in ("beta", "max_steps", "retain_batch_size", "chunk_tokens", "stride", "tile_tokens"):
@@ -159,16 +173,12 @@ class UnlearnConfig:
             *("save_steps", "eval_examples", "weight_examples", "seed"),
         ):
             self._require(name, "0 or more", getattr(self, name) >= 0)
-        for f in fields(self):
-            value = getattr(self, f.name)
-            self._require(f.name, "finite", not isinstance(value, float) or math.isfinite(value))
+        for name, kind in hints.items():
+            self._check_range(name, kind, getattr(self, name))
+        too_many = self.max_steps is None and self.epochs / self.batch_size > LARGEST_INT
+        self._require("epochs", f"less than {LARGEST_INT} steps", not too_many)
         self._require("max_length", "at least 2: one token to read and one to predict", self.max_length >= 2)
         self._require("warmup_ratio", "between 0 and 1", 0 <= self.warmup_ratio <= 1)
-        for name, kind in get_type_hints(type(self)).items():
-            if get_origin(kind) is Literal:
-                *others, last = get_args(kind)
-                what = f"{', '.join(others)} or {last}"
-                self._require(name, what, getattr(self, name) in get_args(kind))
         self._require("stride", "less than max_length", self.stride is None or self.stride < self.max_length)
         self._check_levers()
         self._require("output", "the name of a folder", bool(self.output.strip()))
@@ -182,7 +192,35 @@ class UnlearnConfig:
 
     def _require(self, name: str, what: str, holds: bool) -> None:
         if not holds:
-            raise UserError(f"{name} must be {what}, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            try:
+                got = shorten(repr(value))
+            except ValueError:  # Python does not write an integer of thousands of digits
+                got = f"an integer of {value.bit_length()} bits"
+            raise UserError(f"{name} must be {what}, got {got}")
+
+    def _check_kind(self, name: str, kind: Any, value: Any) -> None:
+        """Whether a field holds what its annotation says; an integer passes for a float."""
+        if get_origin(kind) is Literal:
+            *others, last = get_args(kind)
+            self._require(name, f"{', '.join(others)} or {last}", isinstance(value, str) and value in get_args(kind))
+            return
+        kinds = get_args(kind) or (kind,)
+        allowed = (*kinds, int) if float in kinds else kinds
+        what = " or ".join("None" if one is type(None) else one.__name__ for one in kinds)
+        is_one = isinstance(value, allowed) and (bool in kinds or not isinstance(value, bool))
+        self._require(name, f"of type {what}", is_one)
+        self._require(name, "without null characters", not isinstance(value, str) or "\0" not in value)
+
+    def _check_range(self, name: str, kind: Any, value: Any) -> None:
+        """Whether a number is one in the arithmetic it ends up in."""
+        if isinstance(value, float):
+            self._require(name, "finite", math.isfinite(value))
+        if float in (get_args(kind) or (kind,)) and value is not None:
+            self._require(name, f"0 or between {SMALLEST:.2g} and {LARGEST:.2g} as a float32 is", is_float32(value))
+        elif isinstance(value, int):
+            most = MOST.get(name, LARGEST_INT)
+            self._require(name, f"at most {most}", value <= most)
 
     def _check_pieces(self) -> None:
         if self.stride is not None and self.reward_per == "piece" and self.alternates() != "none":
@@ -225,10 +263,14 @@ class UnlearnConfig:
         settings |= {"gamma": self.gamma} if self.gamma else {}
         for word in self.method_args.replace(",", " ").split():
             name, _, value = word.partition("=")
+            if name in settings:
+                raise UserError(f"method_args: {name} is given twice, {name}={settings[name]} and {word}")
             try:
                 settings[name] = float(value)
             except ValueError:
-                raise UserError(f"method_args must be name=number pairs, got {word!r}") from None
+                raise UserError(f"method_args must be name=number pairs, got {shorten(repr(word))}") from None
+            if not is_float32(settings[name]):
+                raise UserError(f"method_args: {name} must be finite and in the range of float32, got {shorten(value)}")
         for name, value in settings.items():
             if name not in method.options():
                 has = ", ".join(method.options()) or "no options"
@@ -257,8 +299,14 @@ class UnlearnConfig:
         return self.batch_size if self.retain_batch_size is None else self.retain_batch_size
 
     def num_steps(self, num_forget: int) -> int:
-        """Optimizer steps of the run, given the size of the forget set."""
-        return self.max_steps or max(1, math.ceil(self.epochs * num_forget / self.batch_size))
+        """Optimizer steps of the run, given the size of the forget set.
+
+        Raises:
+            UserError: they are more than a step can count.
+        """
+        steps = self.max_steps or max(1, math.ceil(self.epochs * num_forget / self.batch_size))
+        self._require("epochs", f"at most {LARGEST_INT} steps of this forget set", steps <= LARGEST_INT)
+        return steps
 
     def output_dir(self) -> Path:
         return Path(self.output)

@@ -6,26 +6,32 @@ lists of messages, tokenised as its SFTTrainer does, loss on the completion). Be
 answer, is read where a method wants one.
 """
 
-import json
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from simnpo.errors import UserError
+from simnpo.rows import EXPECTED_KEYS, PAIRS, check_format, read_rows, string, turns
+from simnpo.text import shorten
 
 logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100
-PAIRS = (("prompt", "response"), ("question", "answer"))
-EXPECTED_KEYS = "prompt and response (or completion), question and answer, messages, or text"
 # Llama 3's template prints today's date; a run that is resumed tomorrow must see the same tokens
 TEMPLATE_DATE = "26 Jul 2024"
+# what a template's own call for the time may ask of that day, a Friday
+DATE_PARTS = {
+    "-d": "26", "-m": "7", "d": "26", "e": "26", "b": "Jul", "h": "Jul", "B": "July", "m": "07", "Y": "2024", "y": "24",
+    "a": "Fri", "A": "Friday", "F": "2024-07-26", "D": "07/26/24", "j": "208", "H": "00", "I": "12", "M": "00",
+    "S": "00", "p": "AM", "T": "00:00:00", "Z": "", "z": "",
+}  # fmt: skip
+# a text of more characters than this for each token that is kept is first tokenised without its end
+CHARACTERS_PER_TOKEN, SPARE_TOKENS = 64, 1024
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Example:
         alternate: the same with another answer, where a method wants one.
         piece_lengths: tokens of each piece of a document that was longer than the context: the pieces stand one after
             another, and none attends to another (`simnpo.pieces`). Empty: it was not split.
+        is_cut: tokens beyond max_length were left out; `response` is then what is left of it.
     """
 
     id: str
@@ -49,6 +56,7 @@ class Example:
     labels: list[int]
     alternate: "Example | None" = None
     piece_lengths: tuple[int, ...] = ()
+    is_cut: bool = False
 
     @property
     def num_targets(self) -> int:
@@ -87,42 +95,22 @@ def load_examples(
         UserError: the file is empty, or a row is malformed; names file and line.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
     examples, cut = [], []
     for where, row in read_rows(path):
         example = encode(row, tokenizer, where, max_length)
         if alternate is not None:
-            answer = _string(row, "alternate", where) if "alternate" in row else alternate
-            example = replace(example, alternate=_encode_alternate(row, answer, tokenizer, where, max_length))
+            answer = string(row, "alternate", where) if "alternate" in row else alternate
+            other = _encode_alternate(row, answer, tokenizer, where, max_length)
+            example = replace(example, alternate=other, is_cut=example.is_cut or other.is_cut)
         examples.append(example)
-        if len(example.input_ids) == max_length:
+        if example.is_cut:
             cut.append(where)
     if not examples:
         raise UserError(f"{path} is empty: expected JSON Lines with {EXPECTED_KEYS}")
     if cut:
-        logger.warning("%d of %d rows of %s reach max_length=%d and may be cut: %s",
+        logger.warning("%d of %d rows of %s are cut at max_length=%d: %s",
                        len(cut), len(examples), path, max_length, _some(cut))  # fmt: skip
     return examples
-
-
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("name:line", row) of each line that is not blank."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path.name}:{number}"
-            try:
-                text = line.decode("utf-8-sig").strip()
-                if not text:
-                    continue
-                row = json.loads(text)
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}, line {number}: not UTF-8 ({error})") from error
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: malformed JSON ({error}): {_shorten(text)}") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number}: expected a JSON object, got {_shorten(text)}")
-            yield where, row
 
 
 def encode(row: dict[str, Any], tokenizer: Any, where: str, max_length: int | None) -> Example:
@@ -135,41 +123,73 @@ def encode(row: dict[str, Any], tokenizer: Any, where: str, max_length: int | No
         UserError: keys are missing, a response is empty, without a token or lost to max_length, or no token would be a
             target.
     """
+    check_format(row, where)
     if "text" in row:
-        text = _string(row, "text", where)
-        ids = [*_bos(tokenizer), *_tokenize(tokenizer, text), *_eos(tokenizer)]
-        prompt, response, segments = "", text, [(ids, True)]
+        text = string(row, "text", where)
+        ids = [*_bos(tokenizer), *_tokenize(tokenizer, text, max_length), *_eos(tokenizer)]
+        spoken, segments = [("", text)], [(ids, True)]
     elif "completion" in row:
-        prompt, response, segments = _prompt_completion(row, tokenizer, where)
+        prompt, response, segments = _prompt_completion(row, tokenizer, where, max_length)
+        spoken = [(prompt, response)]
     else:
         messages = _messages(row, where)
-        prompt = next((m["content"] for m in reversed(messages[:-1]) if m["role"] == "user"), "")
-        response = messages[-1]["content"]
+        spoken = _spoken(messages)
         if getattr(tokenizer, "chat_template", None):
-            segments = _chat_segments(messages, tokenizer, where)
+            segments = _tokenize_pieces(_chat_pieces(messages, tokenizer, where), tokenizer, max_length)
         elif len(messages) == 2:
-            segments = _plain_segments(prompt, response, tokenizer)
+            segments = _plain_segments(*spoken[-1], tokenizer, max_length)
         else:
             raise UserError(
                 f"{where}: the tokenizer has no chat template, so a row can hold one prompt and one response, "
                 f"got {len(messages)} messages"
             )
-    input_ids = [i for ids, _ in segments for i in ids]
-    labels = [i if is_target else IGNORE_INDEX for ids, is_target in segments for i in ids]
-    example = Example(where, prompt, response, input_ids[:max_length], labels[:max_length])
+    example = _kept(spoken, segments, tokenizer, where, max_length)
     if example.num_targets == 0:
-        if max_length is not None and len(input_ids) > max_length:
-            first = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
+        if example.is_cut:
+            starts = [start for start, is_target in _starts(segments) if is_target]
+            takes = f"{starts[0]}" if starts else f"more than {max_length}"
             raise UserError(
-                f"{where}: nothing of the response is left at max_length={max_length}: the prompt alone takes {first} "
+                f"{where}: nothing of the response is left at max_length={max_length}: the prompt alone takes {takes} "
                 "tokens; raise max_length or shorten the prompt"
             )
-        raise UserError(f"{where}: every target is ignored: no token of {_shorten(response)} has a token before it")
+        response = shorten(spoken[-1][1])
+        raise UserError(f"{where}: every target is ignored: no token of {response} has a token before it")
     if num_own_targets(example, tokenizer) == 0:
         if example.labels[0] not in (IGNORE_INDEX, *tokenizer.all_special_ids):
-            raise UserError(f"{where}: the only token of {_shorten(response)} has no token before it")
-        raise UserError(f"{where}: the tokenizer makes no token of {response!r}")
+            raise UserError(f"{where}: the only token of {shorten(spoken[-1][1])} has no token before it")
+        raise UserError(f"{where}: the tokenizer makes no token of {shorten(repr(spoken[-1][1]))}")
     return example
+
+
+Segment = tuple[list[int], bool]  # token ids, and whether they are targets
+
+
+def _kept(
+    spoken: list[tuple[str, str]], segments: list[Segment], tokenizer: Any, where: str, max_length: int | None
+) -> Example:
+    """The first max_length tokens, with the last prompt and answer that are among them.
+
+    Args:
+        spoken: prompt and answer of every assistant turn, one for each segment of targets.
+    """
+    input_ids = [i for ids, _ in segments for i in ids]
+    labels = [i if is_target else IGNORE_INDEX for ids, is_target in segments for i in ids]
+    is_cut = max_length is not None and len(input_ids) > max_length
+    turns_left = [
+        start for start, is_target in _starts(segments) if is_target and (max_length is None or start < max_length)
+    ]
+    prompt, response = spoken[: max(1, len(turns_left))][-1]
+    if is_cut:
+        labels = labels[:max_length]
+        last = [label for label in labels[turns_left[-1] if turns_left else max_length :] if label != IGNORE_INDEX]
+        # scores compare with what was read, not with what the file goes on with
+        response = tokenizer.decode(last, skip_special_tokens=True).strip()
+    return Example(where, prompt, response, input_ids[:max_length], labels, is_cut=is_cut)
+
+
+def _starts(segments: list[Segment]) -> Iterator[tuple[int, bool]]:
+    """Where each segment starts, and whether it is one of targets."""
+    return zip(accumulate((len(ids) for ids, _ in segments), initial=0), (is_target for _, is_target in segments))
 
 
 def num_own_targets(example: Example, tokenizer: Any) -> int:
@@ -206,10 +226,10 @@ def _messages(row: dict[str, Any], where: str) -> list[dict[str, str]]:
     if "messages" not in row:
         for prompt_key, response_key in PAIRS:
             if prompt_key in row and response_key in row:
-                prompt, response = _string(row, prompt_key, where, may_be_empty=True), _string(row, response_key, where)
+                prompt, response = string(row, prompt_key, where, may_be_empty=True), string(row, response_key, where)
                 return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
         raise UserError(f"{where}: found keys {sorted(row)}, expected {EXPECTED_KEYS}")
-    messages = _turns(row["messages"], where)
+    messages = turns(row["messages"], where)
     while messages and messages[-1]["role"] != "assistant":
         messages = messages[:-1]
     if not messages:
@@ -218,69 +238,62 @@ def _messages(row: dict[str, Any], where: str) -> list[dict[str, str]]:
 
 
 def _prompt_completion(
-    row: dict[str, Any], tokenizer: Any, where: str
-) -> tuple[str, str, list[tuple[list[int], bool]]]:
+    row: dict[str, Any], tokenizer: Any, where: str, max_length: int | None
+) -> tuple[str, str, list[Segment]]:
     """TRL's row: plain text without a chat template, or messages with one; a target is what the completion adds."""
     prompt, completion = row.get("prompt", ""), row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list) and completion:
-        turns = _turns([*prompt, *completion], where)
+        messages = turns([*prompt, *completion], where)
         if not getattr(tokenizer, "chat_template", None):
             raise UserError(f"{where}: the tokenizer has no chat template, so prompt and completion must be strings")
-        before = _tokenize(tokenizer, _render(turns[: len(prompt)], tokenizer, where, add_generation_prompt=True))
-        whole = _tokenize(tokenizer, _render(turns, tokenizer, where, add_generation_prompt=False))
+        before, whole = (
+            _tokenize(tokenizer, _render(some, tokenizer, where, add_generation_prompt=is_prompt), max_length)
+            for some, is_prompt in ((messages[: len(prompt)], True), (messages, False))
+        )
         prompt, completion = prompt[-1]["content"] if prompt else "", completion[-1]["content"]
     else:
         prompt, completion = (
-            _string({"prompt": prompt}, "prompt", where, may_be_empty=True),
-            _string(row, "completion", where),
+            string({"prompt": prompt}, "prompt", where, may_be_empty=True),
+            string(row, "completion", where),
         )
         end = tokenizer.eos_token or ""
         text = prompt + completion + ("" if completion.endswith(end) else end)
-        before, whole = (tokenizer(text, verbose=False)["input_ids"] for text in (prompt, text))
+        before, whole = (_tokenize(tokenizer, some, max_length, special=True) for some in (prompt, text))
     # tokens can merge across the boundary; a merged one belongs to the completion
     start = next((i for i, (a, b) in enumerate(zip(before, whole)) if a != b), min(len(before), len(whole)))
     return prompt, completion, [(whole[:start], False), (whole[start:], True)]
 
 
-def _turns(messages: Any, where: str) -> list[dict[str, str]]:
-    turns = messages if isinstance(messages, list) else [None]
-    if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns):
-        got = _shorten(str(messages))
-        raise UserError(f"{where}: messages must be a list of objects with role and content, got {got}")
+def _spoken(messages: list[dict[str, str]]) -> list[tuple[str, str]]:
+    """What every assistant turn answers, the last message of the user before it, and the turn."""
+    spoken, prompt = [], ""
     for message in messages:
-        _string(message, "content", where, may_be_empty=message["role"] != "assistant")
-    return messages
-
-
-def _string(row: dict[str, Any], key: str, where: str, *, may_be_empty: bool = False) -> str:
-    value = row[key]
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {key} must be a string, got {type(value).__name__}")
-    if not may_be_empty and not value.strip():
-        raise UserError(f"{where}: {key} is empty")
-    return value
+        if message["role"] == "assistant":
+            spoken.append((prompt, message["content"]))
+        elif message["role"] == "user":
+            prompt = message["content"]
+    return spoken
 
 
 # Tokens
 
 
-def _plain_segments(prompt: str, response: str, tokenizer: Any) -> list[tuple[list[int], bool]]:
+def _plain_segments(prompt: str, response: str, tokenizer: Any, max_length: int | None) -> list[Segment]:
     """prompt, one space unless there is white space already, response, end of sequence."""
     glue = "" if not prompt or prompt[-1].isspace() or response[0].isspace() else " "
     return [
         (_bos(tokenizer), False),
-        *_tokenize_pieces([(prompt, False), (glue + response, True)], tokenizer),
+        *_tokenize_pieces([(prompt, False), (glue + response, True)], tokenizer, max_length),
         (_eos(tokenizer), True),
     ]
 
 
-def _chat_segments(messages: list[dict[str, str]], tokenizer: Any, where: str) -> list[tuple[list[int], bool]]:
+def _chat_pieces(messages: list[dict[str, str]], tokenizer: Any, where: str) -> Iterator[tuple[str, bool]]:
     """The conversation through the chat template, cut where an assistant turn starts and where it ends.
 
     A turn ends with its last mark that is not white space: what a template writes after the end-of-turn token, often a
     line break, is never the model's to write.
     """
-    pieces: list[tuple[str, bool]] = []
     done = ""
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -294,39 +307,68 @@ def _chat_segments(messages: list[dict[str, str]], tokenizer: Any, where: str) -
                     f"{where}: the chat template rewrites earlier turns of a conversation once message {i + 1} is "
                     "there: write one row per assistant turn"
                 )
-            pieces.append((text[len(done) :], is_target))
+            yield text[len(done) :], is_target
             done = text
-    return _tokenize_pieces(pieces, tokenizer)
 
 
 def _render(messages: list[dict[str, str]], tokenizer: Any, where: str, *, add_generation_prompt: bool) -> str:
     try:
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=TEMPLATE_DATE
-        )
-    except TemplateError as error:
+            messages, chat_template=_timeless_template(tokenizer), tokenize=False,
+            add_generation_prompt=add_generation_prompt, date_string=TEMPLATE_DATE,
+        )  # fmt: skip
+    except Exception as error:  # a template is a program: it may divide by zero, or call what is not there
         raise UserError(f"{where}: the tokenizer's chat template refuses the conversation: {error}") from error
 
 
-def _tokenize_pieces(pieces: list[tuple[str, bool]], tokenizer: Any) -> list[tuple[list[int], bool]]:
+def _timeless_template(tokenizer: Any) -> str | None:
+    """The chat template with a clock of its own that has stopped, where it asks for the time; None: the template as it
+    is. transformers hands a template no function that a caller passes, so this one is written in the template.
+    """
+    if "strftime_now" not in str(tokenizer.chat_template):
+        return None
+    parts = "".join(f"|replace('%{part}', '{value}')" for part, value in DATE_PARTS.items())
+    # the line break belongs to the tag: transformers trims it
+    return f"{{% macro strftime_now(format) %}}{{{{ format{parts} }}}}{{% endmacro %}}\n{tokenizer.get_chat_template()}"
+
+
+def _tokenize_pieces(pieces: Iterable[tuple[str, bool]], tokenizer: Any, max_length: int | None) -> list[Segment]:
     """Token ids of each piece, such that the ids of a prompt are those `generate` would be given.
 
     Tokenising a piece by itself would put a sentencepiece tokenizer's word mark at its start, so the text is tokenised
-    as a whole, and the piece by itself only where the whole would merge it with the one before.
+    as a whole, and the piece by itself only where the whole would merge it with the one before. What is longer than
+    max_length may be left out.
     """
-    segments, text, before = [], "", []
+    segments: list[Segment] = []
+    text, before = "", []
     for piece, is_target in pieces:
+        if max_length is not None and len(before) > max_length:
+            break
         text += piece
-        whole = _tokenize(tokenizer, text)
-        ids = whole[len(before) :] if whole[: len(before)] == before else _tokenize(tokenizer, piece)
+        whole = _tokenize(tokenizer, text, max_length)
+        ids = whole[len(before) :] if whole[: len(before)] == before else _tokenize(tokenizer, piece, max_length)
         segments.append((ids, is_target))
         before = before + ids
     return segments
 
 
-def _tokenize(tokenizer: Any, text: str) -> list[int]:
-    # without special tokens: a chat template writes its own, and plain text gets them from _bos and _eos
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+def _tokenize(tokenizer: Any, text: str, max_length: int | None, *, special: bool = False) -> list[int]:
+    """Token ids of a text; of one far longer than max_length those of its start, more than max_length of them.
+
+    Args:
+        special: with special tokens around it. A chat template writes its own, and plain text gets them from _bos and
+            _eos.
+    """
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+
+    if max_length is not None:
+        # a line of 50 MB would take minutes and GBs
+        start = text[: CHARACTERS_PER_TOKEN * (max_length + SPARE_TOKENS)]
+        if len(start) < len(text) and len(found := ids(start)) > max_length + SPARE_TOKENS:
+            return found
+    return ids(text)
 
 
 def _bos(tokenizer: Any) -> list[int]:
@@ -366,7 +408,3 @@ def _key(example: Example) -> str:
 def _some(names: list[str], at_most: int = 10) -> str:
     rest = len(names) - at_most
     return ", ".join(names[:at_most]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _shorten(text: str, at_most: int = 80) -> str:
-    return text if len(text) <= at_most else text[: at_most - 1] + "…"

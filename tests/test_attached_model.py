@@ -409,3 +409,9 @@ def test_weights_that_are_not_there_yet():
     with pytest.raises(UserError, match=r"meta device.*verify=False"):
         attach(model)
     assert isinstance(attach(model, verify=False), AttachedModel)
+
+
+def test_the_class_of_an_objective_is_refused_before_the_model_runs():
+    model = attach(make_model())
+    with pytest.raises(TypeError, match=r"objective must be an instance: write SimNPO\(\)"):
+        model(torch.tensor([[1, 2]]), labels=torch.tensor([[1, 2]]), objective=SimNPO)

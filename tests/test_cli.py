@@ -104,6 +104,15 @@ def test_overlap_is_warned_about(arguments, tmp_path, forget_file, caplog):
     assert "forget.jsonl:3 = overlap.jsonl:1, forget.jsonl:4 = overlap.jsonl:2" in caplog.text
 
 
+def test_rows_that_were_cut_are_counted_in_the_summary(arguments, tmp_path):
+    assert cli.main([*arguments, "--max_length=66", "--max_steps=1", "--eval_examples=0"]) == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    rows_cut = summary["rows_cut"]
+    assert rows_cut.keys() == {"forget", "retain"}
+    assert 0 < rows_cut["forget"] < 10
+    assert f"forget {rows_cut['forget']}" in (tmp_path / "run/report.html").read_text()
+
+
 @pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_resume(arguments, tmp_path):
     command = [sys.executable, "-m", "simnpo.cli", *arguments, "--max_steps=100000"]

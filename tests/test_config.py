@@ -33,6 +33,23 @@ def config(**changes: object) -> UnlearnConfig:
         ({"max_grad_norm": -1.0}, "max_grad_norm must be 0 or more"),
         ({"method": "rmu"}, "method must be one of simnpo, npo, ga, .*, got 'rmu': see --list-methods"),
         ({"packing": "yes"}, "packing must be auto, on or off"),
+        ({"packing": []}, "packing must be auto, on or off"),
+        ({"model": 5}, "model must be of type str, got 5"),
+        ({"retain": "a\0b"}, "retain must be without null characters"),
+        ({"batch_size": True}, "batch_size must be of type int, got True"),
+        ({"max_steps": 1.0}, "max_steps must be of type int or None, got 1.0"),
+        ({"lora": 1}, "lora must be of type bool, got 1"),
+        ({"beta": 1e-40}, "beta must be 0 or between .* as a float32 is, got 1e-40"),
+        ({"learning_rate": 1e39}, "learning_rate must be 0 or between"),
+        ({"retain_coef": 10**400}, "retain_coef must be 0 or between"),
+        ({"method": "satimp", "method_args": "beta1=nan"}, "method_args: beta1 must be finite"),
+        ({"beta": 1.0, "method_args": "beta=2"}, "method_args: beta is given twice, beta=1.0 and beta=2"),
+        ({"gamma": 1.0, "method_args": "gamma=2"}, "method_args: gamma is given twice"),
+        ({"seed": 2**63}, "seed must be at most 9223372036854775807"),
+        ({"seed": 10**5000}, "seed must be at most 9223372036854775807, got an integer of 16610 bits"),
+        ({"lora_rank": 65537}, "lora_rank must be at most 65536, got 65537"),
+        ({"logging_steps": 2**31}, "logging_steps must be at most 2147483647"),
+        ({"epochs": 1e12}, "epochs must be less than 2147483647 steps, got 1000000000000.0"),
     ],
 )
 def test_refuses_what_makes_no_sense(changes, message):
@@ -58,6 +75,8 @@ def test_number_of_steps():
     assert config(epochs=2.0, batch_size=4).num_steps(10) == 5
     assert config(epochs=2.0, batch_size=4, max_steps=3).num_steps(10) == 3
     assert config(epochs=0.01).num_steps(10) == 1
+    with pytest.raises(UserError, match="epochs must be at most 2147483647 steps of this forget set"):
+        config(epochs=1e6, batch_size=1).num_steps(10_000)
 
 
 def test_resume_refuses_what_changes_the_mathematics_by_name():

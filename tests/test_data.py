@@ -1,5 +1,7 @@
 import json
 import logging
+import os
+from pathlib import Path
 
 import pytest
 from conftest import make_tokenizer, write_rows
@@ -97,8 +99,51 @@ def test_truncation_keeps_the_start(caplog, tmp_path):
         long, short = load_examples(path, PLAIN, 10)
     assert PLAIN.decode(long.input_ids) == "abc dddddd"
     assert PLAIN.decode(short.input_ids) == "a b<|end|>"
+    assert "1 of 2 rows" in caplog.text
     assert "f.jsonl:1" in caplog.text
     assert "f.jsonl:2" not in caplog.text
+
+
+def test_a_row_of_just_max_length_is_not_cut(caplog, tmp_path):
+    path = write_rows(tmp_path / "f.jsonl", [{"prompt": "abc", "response": "def"}])
+    (example,) = load_examples(path, PLAIN, len("abc def") + 1)
+    assert (example.is_cut, caplog.text) == (False, "")
+    (example,) = load_examples(path, PLAIN, len("abc def"))
+    assert example.is_cut
+
+
+def test_a_cut_response_is_what_is_left_of_it():
+    example = encode({"prompt": "abc", "response": "def ghi jkl"}, PLAIN, "f:1", len("abc def ghi"))
+    assert (example.response, example.prompt, example.is_cut) == ("def ghi", "abc", True)
+    text = encode({"text": "some words"}, PLAIN, "f:1", 4)
+    assert (text.response, text.prompt) == ("some", "")
+    turns = [("user", "A?"), ("assistant", "B."), ("user", "C?"), ("assistant", "D.")]
+    chat = {"messages": [{"role": r, "content": c} for r, c in turns]}
+    whole = encode(chat, CHAT, "f:1", 200)
+    cut = encode(chat, CHAT, "f:1", len(whole.prompt_ids))
+    # the second turn is gone, so the first is the last
+    assert (cut.prompt, cut.response, cut.is_cut) == ("A?", "B.", True)
+    assert targets(cut, CHAT) == "B.<|end|>"
+
+
+@pytest.mark.parametrize("tokenizer", [PLAIN, CHAT])
+def test_only_the_start_of_a_huge_row_is_tokenised(tokenizer, monkeypatch):
+    seen = []
+
+    def counting(self, text, **options):
+        seen.append(len(text))
+        return call(self, text, **options)
+
+    call = type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", counting)
+    huge = "word " * 200_000
+    example = encode({"prompt": "a", "response": huge}, tokenizer, "f:1", 100)
+    assert encode({"prompt": "a", "response": huge[:200]}, tokenizer, "f:1", 100) == example
+    assert len(example.input_ids) == 100
+    assert encode({"text": huge}, tokenizer, "f:1", 100).response == huge[:100].strip()
+    with pytest.raises(UserError, match="f:1: nothing of the response is left at max_length=100"):
+        encode({"prompt": huge, "response": "a"}, tokenizer, "f:1", 100)
+    assert max(seen) < 100_000
 
 
 # What is refused, and how
@@ -119,9 +164,9 @@ def test_empty_file(tmp_path, content):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"prompt": "a", ', r"f\.jsonl, line 3: malformed JSON"),
-        (b'["a"]', r"f\.jsonl, line 3: expected a JSON object"),
-        (b"\xff\xfe", r"f\.jsonl, line 3: not UTF-8"),
+        (b'{"prompt": "a", ', r"f\.jsonl:3: malformed JSON"),
+        (b'["a"]', r"f\.jsonl:3: expected a JSON object"),
+        (b"\xff\xfe", r"f\.jsonl:3: not UTF-8"),
         (b'{"prompt": "a", "answer": "b"}', r"f\.jsonl:3: found keys \['answer', 'prompt'\], expected prompt and"),
         (b'{"prompt": "a", "response": " "}', r"f\.jsonl:3: response is empty"),
         (b'{"prompt": "a", "response": "<|end|>"}', r"f\.jsonl:3: the tokenizer makes no token of '<\|end\|>'"),
@@ -132,6 +177,15 @@ def test_empty_file(tmp_path, content):
         (b'{"messages": [{"role": "user"}]}', r"f\.jsonl:3: messages must be a list of objects with role and content"),
         (b'{"messages": [{"role": "user", "content": "a"}]}', r"f\.jsonl:3: every target is ignored: messages has no"),
         (b'{"messages": [{"role": "assistant", "content": ""}]}', r"f\.jsonl:3: content is empty"),
+        (b'{"messages": [{"role": 7, "content": "a"}]}', r"f\.jsonl:3: role must be one of system, .*, got 7"),
+        (b'{"messages": [{"role": "robot", "content": "a"}]}', r"f\.jsonl:3: role must be one of .*, got 'robot'"),
+        (b'{"text": "a\\ud800b"}', r"f\.jsonl:3: text holds \\ud800, a lone surrogate"),
+        (b'{"messages": [{"role": "assistant", "content": "\\udc00"}]}', r"f\.jsonl:3: content holds \\udc00, a lone"),
+        (b'{"text": ' + b"[" * 99999 + b"]" * 99999 + b"}", r"f\.jsonl:3: malformed JSON \(nested too deep\)"),
+        (b'{"text": ' + b"9" * 5000 + b"}", r"f\.jsonl:3: malformed JSON \(a number of too many digits\)"),
+        (b'{"text": "ab", "answer": "c"}', r"f\.jsonl:3: ambiguous, found keys \['answer', 'text'\]"),
+        (b'{"prompt": "a", "response": "b", "question": "c", "answer": "d"}', r"f\.jsonl:3: ambiguous, found keys"),
+        (b'{"prompt": "a", "response": "b", "completion": "c"}', r"f\.jsonl:3: ambiguous, found keys"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, line, message):
@@ -173,6 +227,35 @@ def test_template_that_refuses_the_row():
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(UserError, match="f:9: the tokenizer's chat template refuses the conversation: roles must"):
         encode({"prompt": "a", "response": "b"}, tokenizer, "f:9", 100)
+
+
+def test_template_that_breaks():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content / 0 }}"
+    with pytest.raises(UserError, match="f:9: the tokenizer's chat template refuses the conversation: "):
+        encode({"prompt": "a", "response": "b"}, tokenizer, "f:9", 100)
+
+
+def test_template_that_asks_for_the_time_is_told_a_fixed_date():
+    tokenizer = make_tokenizer()
+    body = "\n  {% if True %}{{ strftime_now('%d %b %Y') }} {% endif %}\n" + tokenizer.chat_template
+    tokenizer.chat_template = body
+    fixed = encode({"prompt": "a", "response": "b"}, tokenizer, "f:1", 200)
+    tokenizer.chat_template = body.replace("strftime_now('%d %b %Y')", "'26 Jul 2024'")
+    assert encode({"prompt": "a", "response": "b"}, tokenizer, "f:1", 200) == fixed
+    tokenizer.chat_template = body.replace("%d %b %Y", "%A, %-d %B %y %H:%M %q")
+    assert "Friday, 26 July 24 00:00 %q" in tokenizer.decode(
+        encode({"prompt": "a", "response": "b"}, tokenizer, "f:1", 200).input_ids
+    )
+
+
+@pytest.mark.parametrize(("make", "kind"), [(Path.mkdir, "a folder"), (os.mkfifo, "a pipe")])
+def test_data_that_is_no_regular_file(tmp_path, make, kind):
+    make(tmp_path / "f.jsonl")
+    with pytest.raises(UserError, match=rf"f\.jsonl is {kind}: expected a regular file"):
+        load_examples(tmp_path / "f.jsonl", CHAT, 100)
+    with pytest.raises(UserError, match="/dev/zero is a device: expected a regular file"):
+        load_examples("/dev/zero", CHAT, 100)
 
 
 def test_overlap_names_the_rows(caplog):

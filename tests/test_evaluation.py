@@ -3,14 +3,17 @@
 import logging
 import math
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
 
 from simnpo.data import encode
+from simnpo.errors import UserError
 from simnpo.evaluation.examples import evaluate
 from simnpo.evaluation.generation import greedy_answers
+from simnpo.evaluation.results import markdown_table, open_folder
 from simnpo.model import add_lora
 
 ROWS = [
@@ -116,3 +119,39 @@ def test_adapters_count(tokenizer, examples):
 def test_an_empty_set_is_refused(tokenizer):
     with pytest.raises(ValueError, match=r"sets\['retain'\] has no examples"):
         evaluate(make_model(), tokenizer, {"retain": []})
+
+
+def test_a_cell_of_a_table_stays_one_cell():
+    table = markdown_table(["a|b", "c"], [["x | y\nz\u202e", None], [0.12345, 7]])
+    assert table == "| a\\|b | c |\n| --- | --- |\n| x \\| y z\\u202e | - |\n| 0.123 | 7 |\n"
+
+
+def test_a_folder_with_results_of_ours_is_used_again(tmp_path):
+    (tmp_path / "results.md").write_text("mine")
+    with pytest.raises(UserError, match=r"results\.md was not written by simnpo"):
+        open_folder(str(tmp_path))
+    for ours in ('{"benchmark": "tofu"}', '{"attack": "prefix"}'):
+        (tmp_path / "results.json").write_text(ours)
+        assert open_folder(str(tmp_path)) == tmp_path
+    (tmp_path / "results.json").write_text("[" * 10**5)
+    with pytest.raises(UserError, match=r"results\.json was not written by simnpo"):
+        open_folder(str(tmp_path))
+
+
+@pytest.mark.parametrize(("output", "message"), [(" ", "empty name"), ("f", "f is a file"), ("f/x", "cannot make the")])
+def test_outputs_that_are_no_folder(tmp_path, monkeypatch, output, message):
+    monkeypatch.chdir(tmp_path)
+    Path("f").touch()
+    with pytest.raises(UserError, match=message):
+        open_folder(output)
+
+
+def test_a_cut_answer_is_scored_against_what_was_read(tokenizer, monkeypatch):
+    from simnpo.evaluation import examples as scored
+
+    row = {"prompt": "a", "response": "b c " + "unread words " * 9}
+    prompt = encode(row, tokenizer, "f:1", None).prompt_ids
+    cut = encode(row, tokenizer, "f:1", len(prompt) + len("b c"))
+    monkeypatch.setattr(scored, "greedy_answers", lambda *_: ["b c"])
+    (score,) = evaluate(make_model(), tokenizer, {"forget": [cut]})["forget"].examples
+    assert (score.response, score.rouge_l_recall) == ("b c", 1.0)

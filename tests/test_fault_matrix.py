@@ -156,6 +156,7 @@ def test_every_fault_gives_the_same_bits_or_a_refusal(runs, command, tmp_path, c
     chosen = cases if FULL else random.Random(f"{command} {files}").sample(cases, min(SAMPLE, len(cases)))
     wrong = []
     for i, (name, fault) in enumerate(chosen):
+
         def damage(copy: Path, name=name, fault=fault) -> None:
             FAULTS[fault](copy / name, runs.other / name, random.Random(f"{name} {fault}"))
 

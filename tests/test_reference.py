@@ -318,9 +318,7 @@ def test_a_run_goes_on_without_the_cache(settings, tmp_path):
     for file in (tmp_path / "cache").iterdir():
         file.unlink()
     model, calls = counted(make_model())
-    collator = with_reference(
-        whole, Accelerator(cpu=True), model, "any", COLLATOR, forget_examples(), reload=True
-    )
+    collator = with_reference(whole, Accelerator(cpu=True), model, "any", COLLATOR, forget_examples(), reload=True)
     assert collator.ref_logps == json.loads(kept)
     assert not calls
 
@@ -341,7 +339,9 @@ def check_ranks_share_the_work():
         settings = UnlearnConfig(**options, method="npo", output=f"{folder}/{name}")
         settings.output_dir().mkdir(exist_ok=True)
         model, calls = counted(make_model())
-        found.append(with_reference(settings, accelerator, model, model_digest(model), COLLATOR, forget, reload=False).ref_logps)
+        found.append(
+            with_reference(settings, accelerator, model, model_digest(model), COLLATOR, forget, reload=False).ref_logps
+        )
         forwards.append(len(calls))
     assert forwards[0] > 3
     assert forwards[1] == 0

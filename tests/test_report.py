@@ -11,6 +11,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from simnpo.cli import main
+from simnpo.errors import UserError
 from simnpo.evaluation import muse
 from simnpo.report import examined, judge, plots, write_report
 from simnpo.report.page import marked_words
@@ -78,6 +79,69 @@ def test_text_of_a_model_stays_text(run_dir):
     assert "<img src=x" not in html
     assert "&lt;script&gt;alert(" in html
     assert "{{ 7 * 7 }}" in html
+
+
+def test_what_would_reorder_the_page_is_written_as_an_escape(run_dir):
+    found = json.loads((run_dir / "evaluation.json").read_text())
+    found["after"]["forget"]["examples"][0]["answer"] = "safe \u202e<b>\x07"
+    (run_dir / "evaluation.json").write_text(json.dumps(found))
+    html = write_report(run_dir).read_text(encoding="utf-8")
+    assert r"\u202e&lt;b&gt;\u0007" in html
+    assert "\u202e" not in html
+
+
+def test_cut_rows_are_told(run_dir):
+    assert "Rows cut off" not in write_report(run_dir).read_text()
+    summary = json.loads((run_dir / "summary.json").read_text())
+    (run_dir / "summary.json").write_text(json.dumps(summary | {"rows_cut": {"forget": 2, "retain": 0, "heldout": 3}}))
+    assert "forget 2, heldout 3." in " ".join(write_report(run_dir).read_text().split())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "[]", r"config\.json: must be an object, got list"),
+        ("config.json", '{"model": 5, "method": "npo"}', r"config\.json: model must be a string, got 5"),
+        ("metrics.jsonl", '{"step": "1"}\n', r"metrics\.jsonl:1: step must be an integer, got '1'"),
+        (
+            "weights.jsonl",
+            '{"step": 1, "num_tokens": [3], "weights": []}\n',
+            r"weights\.jsonl: step 1 must have as many",
+        ),
+        ("weights.jsonl", '{"step": 1, "num_tokens": [3], "weights": [NaN]}\n', r"weights\.0 must be a finite number"),
+        ("summary.json", '{"steps": 3}', r"summary\.json: seconds must be there, got None"),
+        ("evaluation.json", '{"before": {', r"evaluation\.json: malformed JSON"),
+        ("evaluation.json", b"\xff", r"evaluation\.json: not UTF-8"),
+        ("tofu/results.json", '{"benchmark": "tofu"}', r"tofu/results\.json: scores must be there"),
+    ],
+)
+def test_a_damaged_file_is_named_and_nothing_is_written(run_dir, name, content, message):
+    (run_dir / name).parent.mkdir(exist_ok=True)
+    (run_dir / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message):
+        write_report(run_dir)
+    assert not (run_dir / "report.html").exists()
+    assert not (run_dir / "plots").exists()
+
+
+def test_before_and_after_of_other_sets(run_dir):
+    found = evaluation((0.8, 0.01), retain=(0.7, 0.9))
+    del found["before"]["retain"]
+    (run_dir / "evaluation.json").write_text(json.dumps(found))
+    with pytest.raises(UserError, match=r"evaluation\.json: before and after must score the same sets, got "):
+        write_report(run_dir)
+
+
+def test_a_picture_cut_short_and_a_folder_that_looks_like_a_formula(run_dir):
+    write_results(run_dir, **{"$x": tofu_results(0.7, 0.61), "prefix": {"attack": "prefix", "settings": {}}})
+    curves = (write_report(run_dir).parent / "plots/nll.png").read_bytes()
+    (run_dir / "prefix/curves.png").write_bytes(curves[:-20])
+    with pytest.raises(UserError, match=r"curves\.png: expected a whole PNG picture"):
+        write_report(run_dir)
+
+
+def test_an_answer_at_probability_zero_before():
+    assert not judge(evaluation((1e-320, 0.5))).forgot
 
 
 def test_changed_words_are_marked():

@@ -238,7 +238,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(config, monkey
 def test_without_an_intact_checkpoint_nothing_is_continued(config, monkeypatch):  # noqa: F811
     output = interrupted(config, monkeypatch, step=1)
     (output / "checkpoints/step-00000001/weights.safetensors").unlink()
-    with pytest.raises(UserError, match=r"no checkpoint in .* is intact, step-00000001: weights.safetensors is missing"):
+    with pytest.raises(
+        UserError, match=r"no checkpoint in .* is intact, step-00000001: weights.safetensors is missing"
+    ):
         unlearn(config(resume=True))
 
 
@@ -253,7 +255,9 @@ def test_another_model_behind_the_same_name_is_refused(config, monkeypatch, mode
     with torch.no_grad():
         changed.model.layers[1].mlp.down_proj.weight[0, 0] += 1e-2
     changed.save_pretrained(model)
-    with pytest.raises(UserError, match=r"cannot continue .* to the same bits, changed: model \(was '\w+', now '\w+'\)"):
+    with pytest.raises(
+        UserError, match=r"cannot continue .* to the same bits, changed: model \(was '\w+', now '\w+'\)"
+    ):
         unlearn(config(model=str(model), lora=lora, resume=True))
 
 

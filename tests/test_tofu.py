@@ -365,9 +365,9 @@ def test_the_real_files_are_read():
     assert list(tofu.missing) == ["holdout"]
 
 
-def test_answers_that_may_be_cut_are_warned_about(tmp_path, caplog):
+def test_answers_that_are_cut_are_warned_about(tmp_path, caplog):
     write_rows(tmp_path / "forget01.jsonl", [question(0), question(9)])
     length = len(encode_questions([("f:1", question(0))], make_tokenizer(), 200).answers[0].input_ids)
     read_tofu(str(tmp_path), "forget01", make_tokenizer(), length + 1)
-    assert "reach max_length" in caplog.text
+    assert "are cut at max_length" in caplog.text
     assert "forget01.jsonl:2" in caplog.text

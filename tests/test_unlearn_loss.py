@@ -116,3 +116,15 @@ def test_refuses(message, call):
     logits, targets, _, _ = batch()
     with pytest.raises(ValueError, match=message):
         call(logits, targets.clamp(min=0))
+
+
+def test_the_class_of_an_objective_is_no_objective():
+    hidden, weight, targets = torch.randn(1, 3, 4), torch.randn(5, 4), torch.tensor([[1, 2, 3]])
+    for wrong, message in (
+        (SimNPO, r"objective must be an instance: write SimNPO\(\), got the class"),
+        ("npo", "'npo'"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            linear_unlearn_loss(hidden, weight, targets, wrong)
+        with pytest.raises(TypeError, match=message):
+            unlearn_loss(hidden, targets, wrong)

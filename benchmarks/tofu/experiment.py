@@ -27,9 +27,9 @@ from simnpo.benchmarks.measure import command_line, environment
 from simnpo.benchmarks.tofu.finetune import finetune
 from simnpo.benchmarks.tofu.page import write_page
 from simnpo.benchmarks.tofu.relearning import relearn_all
-from simnpo.data import read_rows
 from simnpo.demo import model_file
 from simnpo.errors import UserError, exit_status
+from simnpo.rows import read_rows
 from simnpo.sweep import command as sweep
 from simnpo.sweep.grid import read_trials
 from simnpo.training.disk import write_json, write_text

@@ -15,11 +15,11 @@ import torch
 
 from simnpo.attacks.curves import Row
 from simnpo.attacks.relearn import WHICH, Relearning, Which, picked, relearn
-from simnpo.data import read_rows
 from simnpo.evaluation.measures import Measures, measure
 from simnpo.evaluation.questions import QuestionSet, encode_questions
 from simnpo.evaluation.results import markdown_table
 from simnpo.evaluation.subject import Subject, load_subject
+from simnpo.rows import read_rows
 from simnpo.training.disk import write_bytes, write_json, write_text
 
 RETRAINED = "retrained"

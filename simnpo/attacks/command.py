@@ -2,12 +2,23 @@
 
 import argparse
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from simnpo.cli import COMMANDS
+from simnpo.config import is_float32
 from simnpo.errors import UserError
-from simnpo.evaluation.command import add_model_options, check_numbers, load, settings_of, show
+from simnpo.evaluation.command import (
+    MOST_TOKENS,
+    add_model_options,
+    check_model_numbers,
+    check_numbers,
+    load,
+    settings_of,
+    show,
+)
+from simnpo.text import visible
 
 ATTACKS = {
     "relearn": "fine-tune on a fifth of the forget set, the shortest answers or random ones",
@@ -46,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
 def main(options: list[str]) -> int:
     """Runs the command; returns the exit status."""
     arguments = parser().parse_args(options)
-    check_numbers(arguments, "batch_size", "max_length", "max_new_tokens", "max_examples")
+    check_model_numbers(arguments)
     attack = {"relearn": relearn, "quantize": quantize, "prefix": prefix}[arguments.attack]
     check = {"relearn": check_relearn, "quantize": check_quantize, "prefix": check_prefix}[arguments.attack]
     check(arguments)
@@ -60,34 +71,30 @@ def main(options: list[str]) -> int:
 
 
 def check_relearn(arguments: argparse.Namespace) -> None:
-    check_numbers(arguments, "epochs", "repeats", "train_batch_size")
+    check_numbers(arguments, "epochs", "repeats", "train_batch_size", most=MOST_TOKENS)
     if not 0 < arguments.share <= 1:
         raise UserError(f"share must be greater than 0 and at most 1, got {arguments.share}")
-    if not arguments.learning_rate > 0:
-        raise UserError(f"learning_rate must be greater than 0, got {arguments.learning_rate}")
+    if not (arguments.learning_rate > 0 and is_float32(arguments.learning_rate)):
+        rate = arguments.learning_rate
+        raise UserError(f"learning_rate must be greater than 0, finite and in the range of float32, got {rate}")
 
 
 def check_quantize(arguments: argparse.Namespace) -> None:
     check_numbers(arguments, "group_size")
-    wrong = [bits for bits in arguments.bits if not 2 <= bits <= 8]
-    if wrong:
-        raise UserError(f"bits must be between 2 and 8, got {wrong[0]}")
+    check_numbers(arguments, "bits", least=2, most=8)
 
 
 def check_prefix(arguments: argparse.Namespace) -> None:
-    if min(arguments.prefix_tokens) < 0:
-        raise UserError(f"prefix_tokens must be 0 or more, got {min(arguments.prefix_tokens)}")
+    check_numbers(arguments, "prefix_tokens", least=0)
 
 
 def read(arguments: argparse.Namespace, path: str, name: str) -> Any:
     """The questions of a file, as the model `name` reads them."""
-    from simnpo.data import read_rows
     from simnpo.evaluation.questions import encode_questions
     from simnpo.model import load_tokenizer
+    from simnpo.rows import read_rows
 
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    rows = list(read_rows(Path(path)))[: arguments.max_examples]
+    rows = list(islice(read_rows(Path(path)), arguments.max_examples))
     if not rows:
         raise UserError(f"{path} is empty")
     return encode_questions(rows, load_tokenizer(name), arguments.max_length or MAX_LENGTH)
@@ -129,7 +136,7 @@ def finish(arguments: argparse.Namespace, curves: Any, folder: Path, **settings:
     write_bytes(folder / "curves.png", curves.picture())
     write_results(folder, results, page)
     show(page)
-    print(f"results: {folder / 'results.json'}")
+    print(visible(f"results: {folder / 'results.json'}"))
 
 
 def relearn(arguments: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from simnpo.cli import COMMANDS
 from simnpo.config import UnlearnConfig
 from simnpo.errors import UserError
 from simnpo.report import judge
+from simnpo.text import visible
 
 DATA = Path(__file__).parent
 SETS = {name: DATA / f"{name}.jsonl" for name in ("forget", "retain", "heldout")}
@@ -62,7 +63,9 @@ def main(options: list[str]) -> int:
     console.print(answers_table(evaluation, "forget"), answers_table(evaluation, "heldout"), scores_table(evaluation))
     console.print(judge(evaluation).text, soft_wrap=True)
     console.print(f"That took {time.perf_counter() - started:.0f} s.")
-    console.print(f"unlearned model: {output / 'model'}\nreport: {output / 'report.html'}", soft_wrap=True)
+    console.print(
+        visible(f"unlearned model: {output / 'model'}\nreport: {output / 'report.html'}"), soft_wrap=True, markup=False
+    )
     return 0
 
 
@@ -152,4 +155,4 @@ def scores_table(evaluation: dict[str, Any]) -> Table:
 
 def _plain(text: str) -> str:
     """Model text as rich prints it: on one line, brackets not taken for markup."""
-    return escape(" ".join(text.split()))
+    return escape(visible(" ".join(text.split())))

@@ -8,8 +8,11 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from simnpo.cli import COMMANDS
+from simnpo.config import LARGEST_INT
 from simnpo.errors import UserError
+from simnpo.text import shorten, visible
 
+MOST_TOKENS = 2**20  # of a sequence, or sequences of a batch: more would be a slip of the keyboard
 BENCHMARKS = ("tofu", "muse", "wmdp", "mmlu")
 
 
@@ -37,18 +40,26 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
 
 
-def check_numbers(arguments: argparse.Namespace, *names: str) -> None:
-    """Raises `UserError` where one of the named options is given and below 1."""
+def check_numbers(arguments: argparse.Namespace, *names: str, least: int = 1, most: int = LARGEST_INT) -> None:
+    """Raises `UserError` where one of the named options is given, or a number of its list, and out of bounds."""
     for name in names:
         value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"{name} must be at least 1, got {value}")
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not least <= number <= most:
+                bounds = f"at most {most}" if number > most else f"at least {least}" if least else "0 or more"
+                raise UserError(f"{name} must be {bounds}, got {shorten(str(number))}")
+
+
+def check_model_numbers(arguments: argparse.Namespace) -> None:
+    """`check_numbers` of the options that evaluations and attacks share."""
+    check_numbers(arguments, "max_examples")
+    check_numbers(arguments, "batch_size", "max_length", "max_new_tokens", most=MOST_TOKENS)
 
 
 def main(options: list[str]) -> int:
     """Runs the command; returns the exit status."""
     arguments = parser().parse_args(options)
-    check_numbers(arguments, "batch_size", "max_length", "max_new_tokens", "max_examples")
+    check_model_numbers(arguments)
     if arguments.benchmark in ("tofu", "muse") and arguments.data is None:
         raise UserError(f"--benchmark {arguments.benchmark} needs --data: the folder with its files")
 
@@ -59,7 +70,7 @@ def main(options: list[str]) -> int:
     evaluate = {"tofu": tofu, "muse": muse, "wmdp": harness, "mmlu": harness}[arguments.benchmark]
     page = evaluate(arguments)
     show(page)
-    print(f"results: {Path(arguments.output) / 'results.json'}")
+    print(visible(f"results: {Path(arguments.output) / 'results.json'}"))
     return 0
 
 
@@ -89,7 +100,7 @@ def show(page: str) -> None:
     """Prints Markdown on the terminal."""
     console = Console()
     # a pipe says nothing of its width, and tables would be squeezed
-    (console if console.is_terminal else Console(width=160)).print(Markdown(page))
+    (console if console.is_terminal else Console(width=160)).print(Markdown(visible(page)))
 
 
 def tofu(arguments: argparse.Namespace) -> str:

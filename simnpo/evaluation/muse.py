@@ -8,7 +8,6 @@ VerbMem and KnowMem are 100 times the mean ROUGE-L F1 of greedy continuations (1
 AUC of Min-40% with a retrained model's. MUSE's models are plain language models: no chat template is used.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -19,6 +18,8 @@ from simnpo.data import Example
 from simnpo.errors import UserError
 from simnpo.evaluation.results import facts, markdown_table
 from simnpo.evaluation.subject import Subject
+from simnpo.rows import string
+from simnpo.shapes import read_json
 
 VERBMEM_TOKENS, KNOWMEM_TOKENS = 128, 32
 ANSWER_ENDS = ("\n\n", "\nQuestion", "Question:")
@@ -75,7 +76,7 @@ def read_muse(data: str, max_examples: int | None = None) -> Muse:
 
     def some(name: str, keys: tuple[str, str] | None, task: str, at_most: int | None = max_examples) -> Any:
         path = folder / f"{name}.json"
-        if not path.is_file():
+        if not path.exists():
             missing.setdefault(task, f"{name}.json is not in {data}")
             return None
         return _rows(path, keys)[:at_most]
@@ -95,10 +96,7 @@ def read_muse(data: str, max_examples: int | None = None) -> Muse:
 
 def _rows(path: Path, keys: tuple[str, str] | None) -> list[Any]:
     """A JSON list of objects with two strings, as pairs, or of strings."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: malformed JSON ({error})") from error
+    rows = read_json(path, object)
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path}: expected a JSON list that is not empty, got {type(rows).__name__}")
     for i, row in enumerate(rows):
@@ -106,6 +104,8 @@ def _rows(path: Path, keys: tuple[str, str] | None) -> list[Any]:
         if not all(isinstance(text, str) and text.strip() for text in texts):
             expected = "a text" if keys is None else f"an object with the texts {' and '.join(keys)}"
             raise UserError(f"{path}, row {i + 1}: expected {expected}, got {str(row)[:80]}")
+        for text in texts:
+            string({"text": text}, "text", f"{path}, row {i + 1}")
     return rows if keys is None else [tuple(row[key] for key in keys) for row in rows]
 
 
@@ -183,10 +183,10 @@ def retrained_from_results(path: Path) -> Retrained:
         UserError: it is something else.
     """
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        benchmark, scores = results["benchmark"], dict(results["scores"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"retain_model: {path} is not results.json of `simnpo evaluate`") from error
+        results = read_json(path, {"benchmark": str, "scores": {str: (float, None)}})
+    except (OSError, UserError) as error:
+        raise UserError(f"retain_model: {path} is not results.json of `simnpo evaluate`: {error}") from error
+    benchmark, scores = results["benchmark"], results["scores"]
     if benchmark != "muse":
         raise UserError(f"retain_model: {path} has results of {benchmark}, expected muse")
     return Retrained(str(path), {name: value for name, value in scores.items() if value is not None})

@@ -87,9 +87,9 @@ def encode_questions(rows: Iterable[Row], tokenizer: Any, max_length: int) -> Qu
 
 
 def _warn_about_cut(examples: Sequence[Example], max_length: int) -> None:
-    cut = [example.id for example in examples if len(example.input_ids) == max_length]
+    cut = [example.id for example in examples if example.is_cut]
     if cut:
-        logger.warning("%d of %d sequences reach max_length=%d and may be cut, the first is %s",
+        logger.warning("%d of %d sequences are cut at max_length=%d, the first is %s",
                        len(cut), len(examples), max_length, cut[0])  # fmt: skip
 
 

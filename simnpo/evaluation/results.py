@@ -7,21 +7,41 @@ from pathlib import Path
 from typing import Any
 
 import simnpo
-from simnpo.errors import UserError
+from simnpo.errors import UserError, reason
+from simnpo.text import one_line
 from simnpo.training.disk import write_json, write_text
+
+WRITTEN = ("results.json", "results.md", "answers.jsonl", "curves.png")
 
 
 def open_folder(output: str) -> Path:
     """Makes the folder of the results, before any work.
 
     Raises:
-        UserError: it is a file.
+        UserError: it cannot be made, or holds files of these names that are not an earlier evaluation's or attack's.
     """
+    if not output.strip():
+        raise UserError("output must be a folder, got an empty name")
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output must be a folder, and {output} is a file")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output: cannot make the folder {output}: {reason(error)}") from error
+    found = [name for name in WRITTEN if (folder / name).exists()]
+    if found and not _is_ours(folder / "results.json"):
+        raise UserError(f"output: {folder / found[0]} was not written by simnpo: choose another --output, or remove it")
     return folder
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a results.json is one of an evaluation or an attack."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(results, dict) and ("benchmark" in results or "attack" in results)
 
 
 def versions(*more: str) -> dict[str, str]:
@@ -45,14 +65,15 @@ def write_results(folder: Path, results: dict[str, Any], page: str, answers: Seq
 
 def markdown_table(columns: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
     """Numbers with three digits that count, "-" for None."""
-    rows = [columns, ["---"] * len(columns), *([cell(value) for value in line] for line in lines)]
+    rows = [list(map(cell, columns)), ["---"] * len(columns), *([cell(value) for value in line] for line in lines)]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def cell(value: Any) -> str:
+    """A value on one line, in which nothing ends the cell."""
     if value is None:
         return "-"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else one_line(value).replace("|", "\\|")
 
 
 def facts(results: Mapping[str, Any], *names: str) -> str:
@@ -60,4 +81,4 @@ def facts(results: Mapping[str, Any], *names: str) -> str:
     named = {name: results[name] for name in names if results.get(name) is not None}
     settings = ", ".join(f"{name} {value}" for name, value in results["settings"].items())
     listed = {**named, "settings": settings, "versions": ", ".join(f"{k} {v}" for k, v in results["versions"].items())}
-    return "".join(f"* {name.replace('_', ' ')}: {value}\n" for name, value in listed.items())
+    return "".join(f"* {name.replace('_', ' ')}: {one_line(value)}\n" for name, value in listed.items())

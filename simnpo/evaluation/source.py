@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from simnpo.data import read_rows
 from simnpo.errors import UserError
 from simnpo.evaluation.questions import Row
+from simnpo.rows import read_rows
 
 SUFFIXES = (".jsonl", ".json")
 
@@ -21,7 +21,7 @@ def named_rows(data: str, name: str) -> list[Row] | None:
     folder = Path(data)
     if not folder.is_dir():
         return _hub_rows(data, name)
-    files = [path for suffix in SUFFIXES if (path := folder / f"{name}{suffix}").is_file()]
+    files = [path for suffix in SUFFIXES if (path := folder / f"{name}{suffix}").exists()]
     if not files:
         return None
     rows = list(read_rows(files[0]))

@@ -9,7 +9,6 @@ their answer stands for it. Answers are greedy (the published code samples), a s
 privacy leakage is MUSE's, as open-unlearning applies it to TOFU.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from simnpo.evaluation.measures import Measures
 from simnpo.evaluation.questions import QuestionSet, encode_questions
 from simnpo.evaluation.results import facts, markdown_table
 from simnpo.evaluation.source import named_rows
+from simnpo.shapes import read_json
 
 UTILITY_SETS = ("retain", "real_authors", "world_facts")
 OPTION_SETS = ("real_authors", "world_facts")
@@ -36,6 +36,15 @@ class Tofu(NamedTuple):
 
     sets: dict[str, QuestionSet]
     missing: dict[str, str]
+
+
+# what another evaluation is compared by
+RESULTS_SHAPE = {
+    "benchmark": str,
+    "split": str,
+    "scores": {"model_utility": (float, None)},
+    "per_question": {"forget": {"truth_ratio": ([float], None), "min_k": [float]}, "holdout?": {"min_k": [float]}},
+}
 
 
 class Retrained(NamedTuple):
@@ -101,14 +110,16 @@ def retrained_from_results(path: Path, split: str, num_questions: int) -> Retrai
         UserError: it is something else, or of another split or other questions.
     """
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        forget = results["per_question"]["forget"]
-        theirs = results["benchmark"], results["split"], len(forget["min_k"])
-        holdout = results["per_question"].get("holdout", {}).get("min_k")
-        utility = results["scores"]["model_utility"]
-        retrained = Retrained(str(path), forget["truth_ratio"], forget["min_k"], holdout, utility)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"retain_model: {path} is not results.json of `simnpo evaluate --benchmark tofu`") from error
+        results = read_json(path, RESULTS_SHAPE)
+    except (OSError, UserError) as error:
+        raise UserError(
+            f"retain_model: {path} is not results.json of `simnpo evaluate --benchmark tofu`: {error}"
+        ) from error
+    forget = results["per_question"]["forget"]
+    theirs = results["benchmark"], results["split"], len(forget["min_k"])
+    holdout = results["per_question"].get("holdout", {}).get("min_k")
+    utility = results["scores"]["model_utility"]
+    retrained = Retrained(str(path), forget["truth_ratio"], forget["min_k"], holdout, utility)
     if theirs != ("tofu", split, num_questions):
         raise UserError(
             f"retain_model: {path} has {theirs[2]} questions of {theirs[1]} ({theirs[0]}), expected {num_questions} of "

@@ -23,6 +23,7 @@ from simnpo.attached_model import AttachedModel, attach
 from simnpo.data import IGNORE_INDEX
 from simnpo.integrations.forget_retain import ForgetRetainCollator, ForgetRetainDataset, join
 from simnpo.integrations.reference import ReferenceLogps
+from simnpo.kernels.checks import check_objective
 from simnpo.model import causal_lm
 from simnpo.objectives import Objective, SequenceObjective, SimNPO
 
@@ -267,6 +268,7 @@ class UnlearnTrainer(Trainer):
 
 
 def _check_objective(objective: Objective) -> None:
+    check_objective(objective)
     for asked, needs in (("needs_alternates", "alternate answers"), ("needs_ref_token_logps", "a reference per token")):
         if getattr(objective, asked):
             raise ValueError(

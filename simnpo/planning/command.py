@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from simnpo.cli import COMMANDS
-from simnpo.config import UnlearnConfig
+from simnpo.config import UnlearnConfig, is_float32
 from simnpo.errors import UserError
 from simnpo.objectives.methods import METHODS
 from simnpo.planning.loss import Sequences
@@ -22,6 +22,9 @@ from simnpo.planning.model_shape import ModelShape, read_config
 from simnpo.planning.predict import Prediction, Workload, predict, predict_eager
 from simnpo.planning.search import Choice, choose, longest_context, smallest_settings
 from simnpo.planning.tables import Plan, print_plan
+from simnpo.rows import check_file
+from simnpo.text import shorten
+from simnpo.training.disk import write_json
 
 
 def main(options: list[str]) -> int:
@@ -34,15 +37,19 @@ def main(options: list[str]) -> int:
     config = unlearn_config(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
     memory = None if arguments.gpu_memory is None else parse_memory(arguments.gpu_memory)
+    if memory is not None and not is_float32(memory):
+        raise UserError(f"gpu_memory must be in the range of float32, got {shorten(str(arguments.gpu_memory))}")
     on_gpu = device.type == "cuda" or (memory is not None and not arguments.cpu)
     rates = {
         "gemm_flops": (arguments.gemm_tflops, 1e12),
         "bandwidth": (arguments.bandwidth_gbs, 1e9),
         "host_bandwidth": (arguments.host_gbs, 1e9),
     }
-    for name, (value, _) in rates.items():
-        if value is not None and not value > 0:
-            raise UserError(f"{name} must be greater than 0, got {value}")
+    for name, (value, unit) in rates.items():
+        if value is not None and not (value > 0 and is_float32(value * unit)):
+            raise UserError(f"{name} must be greater than 0 and in the range of float32, got {value}")
+    if arguments.json is not None:
+        check_writable(Path(arguments.json))
     machine = make_machine(
         device, config.precision, memory=memory, on_gpu=on_gpu,
         **{name: None if value is None else value * unit for name, (value, unit) in rates.items()},
@@ -50,7 +57,7 @@ def main(options: list[str]) -> int:
     plan = make_plan(config, machine, arguments.context)
     print_plan(plan, Console(highlight=False))
     if arguments.json is not None:
-        Path(arguments.json).write_text(json.dumps(as_json(plan), indent=2) + "\n", encoding="utf-8")
+        write_json(Path(arguments.json), as_json(plan))
     return 0 if plan.choice.best is not None else 1
 
 
@@ -78,6 +85,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--cpu", action="store_true", help="plan for the CPU even if there is a GPU")
     add("--json", metavar="FILE", help="also write the plan there")
     return parser
+
+
+def check_writable(path: Path) -> None:
+    """Whether a file can be written there, before the work that fills it.
+
+    Raises:
+        UserError: it is a folder or a device, or its folder is not there or not writable.
+    """
+    if path.exists():
+        check_file(path)
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"json: cannot write {path}: {path.parent} must be a folder that can be written to")
 
 
 def unlearn_config(arguments: argparse.Namespace) -> UnlearnConfig:

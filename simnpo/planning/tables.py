@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from simnpo.config import UnlearnConfig
@@ -12,6 +13,7 @@ from simnpo.planning.machine import RESERVED_BYTES, RESERVED_SHARE, Machine
 from simnpo.planning.model_shape import ModelShape
 from simnpo.planning.predict import PARTS, Prediction
 from simnpo.planning.search import Candidate, Choice, rounded_time
+from simnpo.text import visible
 
 SHOWN = 8  # settings in the table of alternatives
 SHOWN_BYTES = 0.0005e9  # what three decimals of a GB can show
@@ -52,9 +54,10 @@ def print_plan(plan: Plan, console: Console) -> None:
     config, machine = plan.config, plan.machine
     what = f"LoRA of rank {config.lora_rank}" if config.lora else "all weights trained"
     console.print(
-        f"{config.model}: {plan.shape.num_parameters / 1e6:.4g} M parameters, {plan.shape.num_layers} layers, D = "
-        f"{plan.shape.hidden_size}, V = {plan.shape.vocab_size}; {what}, {config.method}, {config.batch_size} forget "
-        f"and {config.retain_sequences()} retain sequences of {plan.context} tokens a step, {config.precision}",
+        f"{escape(visible(config.model))}: {plan.shape.num_parameters / 1e6:.4g} M parameters, "
+        f"{plan.shape.num_layers} layers, D = {plan.shape.hidden_size}, V = {plan.shape.vocab_size}; {what}, "
+        f"{config.method}, {config.batch_size} forget and {config.retain_sequences()} retain sequences of "
+        f"{plan.context} tokens a step, {config.precision}",
         soft_wrap=True,
     )
     where, who = ("GPU", "the CUDA context") if machine.on_gpu else ("CPU", "Python")
@@ -79,7 +82,7 @@ def print_plan(plan: Plan, console: Console) -> None:
             soft_wrap=True,
         )
         return
-    console.print(f"\n{plan.command}", soft_wrap=True, markup=False)
+    console.print(f"\n{visible(plan.command)}", soft_wrap=True, markup=False)
 
 
 def second_model(plan: Plan) -> str:

@@ -1,9 +1,12 @@
 """What `simnpo evaluate` and `simnpo attack` wrote into folders inside that of a run."""
 
 import base64
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from simnpo.errors import UserError
+from simnpo.rows import check_file
+from simnpo.shapes import check, read_json
 
 TOFU_SETS = {
     "forget": "Forget", "retain": "Retain", "real_authors": "Real authors", "world_facts": "World facts",
@@ -16,6 +19,24 @@ MUSE_SCORES = {
     "membership_auc": "AUC of Min-40%",
     "privleak": "PrivLeak, percent, 0: as the retrained model",
 }
+MAYBE = (float, None)
+SET_SCORES = ("probability", "rouge_l_recall", "truth_ratio", "extraction_strength", "exact_memorization")
+SET_SHAPE = {"questions": int, **{f"{name}?": MAYBE for name in (*SET_SCORES, "forget_quality")}}
+HARNESS_SHAPE = {"scores": {str: {"accuracy": float}}}
+# of results.json, by what the evaluation or the attack was
+SHAPES: dict[str, Any] = {
+    "tofu": {
+        "scores": dict.fromkeys(("forget_quality", "model_utility", "privacy_leak"), MAYBE),
+        "sets": {str: SET_SHAPE},
+        "forget_by_length?": ({str: SET_SHAPE | {"tokens": [int]}}, None),
+        "retrained_scores?": ({"model_utility?": MAYBE}, None),
+    },
+    "muse": {"scores": dict.fromkeys(MUSE_SCORES, MAYBE), "retrained_scores": ({str: MAYBE}, None)},
+    "wmdp": HARNESS_SHAPE,
+    "mmlu": HARNESS_SHAPE,
+}
+ATTACK_SHAPE = {"attack": str, "settings": {}}
+PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND"
 
 
 class TofuScores(NamedTuple):
@@ -91,12 +112,34 @@ def find_attacks(run_dir: Path) -> list[Attack]:
     found = []
     for path, results in _results(run_dir):
         curves = path.with_name("curves.png")
-        if "attack" in results and curves.is_file():
-            picture = f"data:image/png;base64,{base64.b64encode(curves.read_bytes()).decode()}"
+        if "attack" in results and curves.exists():
+            picture = f"data:image/png;base64,{base64.b64encode(_read_png(curves)).decode()}"
             found.append(Attack(path.parent.name, results["attack"], results["settings"], picture))
     return found
 
 
 def _results(run_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
-    paths = sorted({*run_dir.glob("*/results.json"), *run_dir.glob("*/*/results.json")})
-    return [(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    """Every results.json and what it holds, of the shape that the report needs."""
+    found = []
+    for path in sorted({*run_dir.glob("*/results.json"), *run_dir.glob("*/*/results.json")}):
+        results = read_json(path, {"benchmark?": str, "attack?": str})
+        shape = ATTACK_SHAPE if "attack" in results else SHAPES.get(results.get("benchmark", ""), {})
+        check(results, shape, str(path))
+        for name, half in (results.get("forget_by_length") or {}).items() if results.get("benchmark") == "tofu" else ():
+            if len(half["tokens"]) != 2:
+                raise UserError(f"{path}: forget_by_length.{name}.tokens must be two integers, got {half['tokens']}")
+        found.append((path, results))
+    return found
+
+
+def _read_png(path: Path) -> bytes:
+    """The bytes of a picture.
+
+    Raises:
+        UserError: it is no PNG, or its end is missing.
+    """
+    check_file(path)
+    data = path.read_bytes()
+    if not data.startswith(PNG_START) or PNG_END not in data[-12:]:
+        raise UserError(f"{path}: expected a whole PNG picture, got {len(data)} bytes that are none")
+    return data

@@ -2,22 +2,37 @@
 
 import base64
 import difflib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
+from simnpo.errors import UserError
 from simnpo.report.examined import find_attacks, find_benchmarks, find_tofu
 from simnpo.report.plots import THEMES, nll_plot, tofu_plot, weights_plot
 from simnpo.report.verdict import judge
+from simnpo.shapes import read_json, read_lines
+from simnpo.text import visible
 from simnpo.training.digests import check_report_inputs
 from simnpo.training.disk import write_bytes, write_text
 
 SET_NAMES = {"forget": "Forget", "retain": "Retain", "heldout": "Held-out"}
 MAX_ANSWERS = 200  # of a set, on the page; evaluation.json has them all
+EXAMPLE_SHAPE = {"prompt": str, "answer": (str, None), "probability": float}
+SCORES_SHAPE = {"probability": float, "nll": float, "rouge_l_recall": (float, None), "examples": [EXAMPLE_SHAPE]}
+COSTS_SHAPE = dict.fromkeys(("seconds", "tokens", "tokens_per_second", "peak_memory_mib"), float)
+SHAPES: dict[str, Any] = {
+    "config.json": {"model": str, "method": str, "lora?": bool},
+    "metrics.jsonl": {"step": int, "forget_nll": float, "retain_nll": (float, None), **COSTS_SHAPE},
+    "weights.jsonl": {"step": int, "num_tokens": [int], "weights": [float]},
+    "evaluation.json": {"before?": {"forget": SCORES_SHAPE, str: SCORES_SHAPE}, "after?": {str: SCORES_SHAPE}},
+    "summary.json": {
+        "steps": int, **COSTS_SHAPE, "device": str, "ranks": int, "versions?": {str: str}, "rows_cut?": {str: int},
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,17 +60,22 @@ def write_report(run_dir: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: there is no such folder.
+        UserError: a file is not what a run, an evaluation or an attack writes; nothing is written then.
         RunError: the disk is full or not writable.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
+        if run_dir.exists():
+            raise UserError(f"run must be the folder of a run, and {run_dir} is a file")
         raise FileNotFoundError(f"no such folder: {run_dir}")
     check_report_inputs(run_dir)
     run = _read(run_dir)
-    pages = jinja2.Environment(loader=jinja2.PackageLoader("simnpo.report", "."), autoescape=True, trim_blocks=True)
+    pages = jinja2.Environment(
+        loader=jinja2.PackageLoader("simnpo.report", "."), autoescape=True, trim_blocks=True, finalize=_seen
+    )
     pages.filters["number"] = _number
     compared = run.evaluation if run.evaluation and {"before", "after"} <= run.evaluation.keys() else None
-    tofu = find_tofu(run_dir)
+    tofu, benchmarks, attacks = find_tofu(run_dir), find_benchmarks(run_dir), find_attacks(run_dir)
     placed = [one for one in tofu if one.forget_quality is not None and one.model_utility is not None]
     html = pages.get_template("report.html.jinja").render(
         config=run.config,
@@ -68,8 +88,8 @@ def write_report(run_dir: str | Path) -> Path:
         weight_images=_pictures(run_dir, "weights", weights_plot, run.weights),
         tofu=tofu,
         tofu_images=_pictures(run_dir, "tofu", tofu_plot, placed or None),
-        benchmarks=find_benchmarks(run_dir),
-        attacks=find_attacks(run_dir),
+        benchmarks=benchmarks,
+        attacks=attacks,
     )
     path = run_dir / "report.html"
     write_text(path, html)
@@ -77,21 +97,26 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def _read(run_dir: Path) -> RunFiles:
-    def one(name: str) -> Any:
+    """The files of a run, each of the shape that the report needs."""
+    found = {}
+    for name, shape in SHAPES.items():
         path = run_dir / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        read = read_lines if name.endswith(".jsonl") else read_json
+        found[name] = (read(path, shape) or None) if path.exists() else None
+    run = RunFiles(*found.values())
+    for row in run.weights or []:
+        if len(row["num_tokens"]) != len(row["weights"]):
+            counts = f"{len(row['num_tokens'])} num_tokens and {len(row['weights'])} weights"
+            raise UserError(f"{run_dir / 'weights.jsonl'}: step {row['step']} must have as many, got {counts}")
+    before, after = ((run.evaluation or {}).get(when) for when in ("before", "after"))
+    if before is not None and after is not None and (missing := before.keys() ^ after.keys()):
+        raise UserError(f"{run_dir / 'evaluation.json'}: before and after must score the same sets, got {missing}")
+    return run
 
-    def rows(name: str) -> list[dict[str, Any]] | None:
-        path = run_dir / name
-        if not path.exists():
-            return None
-        # a killed run may have left half a line
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")] or None
 
-    return RunFiles(
-        one("config.json"), rows("metrics.jsonl"), rows("weights.jsonl"), one("evaluation.json"), one("summary.json")
-    )
+def _seen(value: Any) -> Any:
+    """Text of the page in which all characters can be seen."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _pictures(
@@ -120,7 +145,7 @@ def _answer_sections(evaluation: dict[str, Any]) -> Iterator[dict[str, Any]]:
         pairs = [
             (old, new)
             for old, new in zip(evaluation["before"][name]["examples"], after["examples"])
-            if new["answer"] is not None
+            if old["answer"] is not None and new["answer"] is not None
         ]
         rows = []
         for old, new in pairs[:MAX_ANSWERS]:

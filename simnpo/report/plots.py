@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from simnpo.report.examined import TofuScores
+from simnpo.text import visible
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, lighter on a dark page
 THEMES: dict[str, dict[str, Any]] = {
@@ -90,7 +91,8 @@ def tofu_plot(scores: list[TofuScores], theme: str) -> bytes:
             quality, utility = one.forget_quality or 0.0, one.model_utility or 0.0
             axes.plot(
                 utility, math.log10(max(quality, 1e-300)), MARKERS[(i + i // len(colours)) % len(MARKERS)],
-                color=colours[i % len(colours)], markersize=8, label=one.name, linestyle="none",
+                color=colours[i % len(colours)], markersize=8, label=_label(one.name),
+                linestyle="none",
             )  # fmt: skip
         for i, utility in enumerate(sorted({one.retrained_utility for one in scores} - {None})):  # type: ignore
             axes.plot(
@@ -107,6 +109,11 @@ def tofu_plot(scores: list[TofuScores], theme: str) -> bytes:
 def _legend(axes: Axes) -> None:
     """Above the axes, where no data is."""
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0, handletextpad=0.4)
+
+
+def _label(name: str) -> str:
+    """A name as it is: a dollar would begin a formula, and what begins with _ has no place in a legend."""
+    return (" " if name.startswith("_") else "") + visible(name).replace("$", r"\$")
 
 
 def _three(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ def judge(evaluation: dict[str, Any]) -> Verdict:
     """
     before, after = evaluation["before"], evaluation["after"]
     # below the smallest positive double both print as "never"
-    factor = before["forget"]["probability"] / max(after["forget"]["probability"], 1e-300)
+    factor = max(before["forget"]["probability"], 1e-300) / max(after["forget"]["probability"], 1e-300)
     forgot = factor >= FORGET_FACTOR
     text = f"{'Forgotten' if forgot else 'Not forgotten'}: the forget answers are {_times(factor)}"
 

@@ -5,21 +5,26 @@ goes on where it was. Trials are run one after the other, in the order given.
 """
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markdown import Markdown
-
 from simnpo.cli import COMMANDS, read_config
 from simnpo.config import UnlearnConfig
 from simnpo.errors import UserError
+from simnpo.evaluation.command import MOST_TOKENS, check_numbers, show
+from simnpo.shapes import read_json
 from simnpo.sweep.grid import fingerprint, read_trials
 from simnpo.training.disk import write_json
 
 START = "start"  # the model before it forgets
+RETRAINED_SHAPE = {
+    "scores": {"forget_quality": (float, None), "model_utility": float},
+    "sets": {
+        "forget": {"probability": float, "rouge_l_recall": float, "truth_ratio": float},
+        "retain": {"probability": float, "rouge_l_recall": float},
+    },
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,6 +54,8 @@ def main(options: list[str]) -> int:
     from simnpo.sweep.table import write_sweep
 
     arguments, rest = parser().parse_known_args(options)
+    check_numbers(arguments, "max_examples")
+    check_numbers(arguments, "max_new_tokens", most=MOST_TOKENS)
     trials = read_trials(arguments.trials)
     output = Path(arguments.output)
     common = _common(arguments, rest)
@@ -69,8 +76,7 @@ def main(options: list[str]) -> int:
         results[trial.name] = _run(arguments, configs[trial.name])
         # after every trial, so that a sweep that is stopped has a table of what it did
         page = write_sweep(output, arguments.split, trials, results, start, retrained)
-    console = Console()
-    (console if console.is_terminal else Console(width=160)).print(Markdown(page))
+    show(page)
     print(f"table and plot: {output / 'sweep.md'}, {output / 'sweep.png'}")
     return 0
 
@@ -91,7 +97,7 @@ def _run(arguments: argparse.Namespace, config: UnlearnConfig) -> dict[str, Any]
 
     folder = config.output_dir()
     asked, done = folder.with_name(f"{folder.name}.json"), folder / "tofu" / "results.json"
-    finished = asked.exists() and json.loads(asked.read_text(encoding="utf-8")) == fingerprint(config)
+    finished = asked.exists() and read_json(asked, object) == fingerprint(config)
     if finished and done.exists():
         return _read(done) | {"summary": _read(folder / "summary.json")}
     if folder.exists() and not finished:
@@ -110,7 +116,7 @@ def _evaluate(arguments: argparse.Namespace, model: str, output: Path, *, retrai
 
     if model.endswith(".json"):
         output.mkdir(parents=True, exist_ok=True)
-        write_json(output / "results.json", _read(Path(model)))
+        write_json(output / "results.json", _read(Path(model), RETRAINED_SHAPE))
     elif not (output / "results.json").exists():
         options = ["--model", model, "--benchmark", "tofu", "--data", arguments.data, "--split", arguments.split]
         options += ["--output", str(output)]
@@ -123,8 +129,8 @@ def _evaluate(arguments: argparse.Namespace, model: str, output: Path, *, retrai
     return _read(output / "results.json")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, shape: Any = None) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return read_json(path, shape or {})
+    except OSError as error:
         raise UserError(f"cannot read {path}: {error}") from error

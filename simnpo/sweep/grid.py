@@ -4,11 +4,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from itertools import product
+from math import prod
 from typing import Any, NamedTuple, get_type_hints
 
 from simnpo.config import UnlearnConfig
 from simnpo.errors import UserError
+from simnpo.text import shorten
 
+MOST_TRIALS = 10_000
 FORBIDDEN = ("output", "resume", "forget", "model")  # the sweep's own
 
 
@@ -50,6 +53,8 @@ def read_trials(texts: Sequence[str]) -> list[Trial]:
             if name in axes:
                 raise UserError(f"--try has {name} twice in {text!r}: write {name}=VALUE,VALUE")
             axes[name] = [_value(name, value) for value in values.split(",")]
+        if (count := prod(map(len, axes.values()))) > MOST_TRIALS:
+            raise UserError(f"--try: {shorten(text)} asks for {count} runs, more than {MOST_TRIALS}")
         for values in product(*axes.values()):
             settings = dict(zip(axes, values))
             name = "-".join(f"{key}={_text(value)}" for key, value in settings.items()).replace("/", "_")
@@ -68,7 +73,7 @@ def _value(name: str, text: str) -> Any:
     try:
         return kinds[name](text)
     except ValueError:
-        raise UserError(f"--try: {name} must be of type {kinds[name].__name__}, got {text!r}") from None
+        raise UserError(f"--try: {name} must be of type {kinds[name].__name__}, got {shorten(repr(text))}") from None
 
 
 def _kind(name: str) -> type:

@@ -5,8 +5,8 @@
         run/                                             metrics.jsonl and the like, as they were after step 12
         manifest.json                                    SHA-256 of every file above
 
-A resumed run puts the files of `run/` back: whatever happened to those in its folder meanwhile, it goes on from what was
-there after step 12.
+A resumed run puts the files of `run/` back: whatever happened to those in its folder meanwhile, it goes on from what
+was there after step 12.
 """
 
 import json

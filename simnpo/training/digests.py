@@ -76,7 +76,9 @@ def check_report_inputs(run: Path) -> None:
         try:
             known = {"config.json": json.loads((checkpoint / "state.json").read_bytes())["config"]}
             known |= {path.name: json.loads(path.read_bytes()) for path in (checkpoint / "run").glob("evaluation.json")}
-            grown = {name for name, value in known.items() if json.loads((run / name).read_bytes()).items() >= value.items()}
+            grown = {
+                name for name, value in known.items() if json.loads((run / name).read_bytes()).items() >= value.items()
+            }
             for path in (checkpoint / "run").glob("*.jsonl"):
                 known[path.name] = path.read_bytes()
                 grown |= {path.name} if (run / path.name).read_bytes().startswith(known[path.name]) else set()

@@ -82,6 +82,11 @@ def write_summary(run: "Run", clock: Clock) -> None:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
             "ranks": run.accelerator.num_processes,
             "packed": run.collator.packed,
+            "rows_cut": {
+                name: sum(example.is_cut for example in examples)
+                for name, examples in (("forget", run.forget), ("retain", run.retain), ("heldout", run.heldout))
+                if examples
+            },
             "versions": {
                 "simnpo": simnpo.__version__,
                 **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate", "peft")},
