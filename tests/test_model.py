@@ -27,7 +27,8 @@ from transformers import (
 from simnpo.batch import collate
 from simnpo.data import encode
 from simnpo.errors import UserError
-from simnpo.model import add_lora, hidden_states, keeps_sequences_apart, load_model, output_head, verify_head
+from simnpo.loading import load_model
+from simnpo.model import add_lora, hidden_states, keeps_sequences_apart, output_head, verify_head
 
 SIZES = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -83,7 +83,7 @@ def read(arguments: argparse.Namespace, path: str, name: str) -> Any:
     """The questions of a file, as the model `name` reads them."""
     from simnpo.data import read_rows
     from simnpo.evaluation.questions import encode_questions
-    from simnpo.model import load_tokenizer
+    from simnpo.loading import load_tokenizer
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such file: {path}")

@@ -17,7 +17,8 @@ from simnpo.batch import collate
 from simnpo.data import IGNORE_INDEX, Example
 from simnpo.evaluation.generation import end_tokens, greedy_tokens
 from simnpo.kernels.linear_target_stats import linear_target_stats
-from simnpo.model import hidden_states, load_model, output_head, shares_prefix, verify_head
+from simnpo.loading import load_model
+from simnpo.model import hidden_states, output_head, shares_prefix, verify_head
 from simnpo.training.setup import check_tokens
 
 # tokens of one forward, whatever the number of its sequences: long texts would not fit otherwise

@@ -21,7 +21,7 @@ from simnpo.batch import Sampler
 from simnpo.config import UnlearnConfig
 from simnpo.data import Example
 from simnpo.errors import UserError
-from simnpo.model import load_tokenizer
+from simnpo.loading import load_tokenizer
 from simnpo.planning import auto
 from simnpo.report import write_report
 from simnpo.training import result, setup

@@ -13,7 +13,7 @@ from rich.console import Console
 
 import simnpo
 import simnpo.evaluation.examples as evaluation
-from simnpo.model import load_weights
+from simnpo.loading import load_weights
 from simnpo.training.disk import whole_folder, write_json
 from simnpo.training.forward import autocast
 from simnpo.training.log import Clock, peak_memory_mib

@@ -15,9 +15,10 @@ from simnpo.attention import use_packed_attention
 from simnpo.config import LONG_TARGETS, UnlearnConfig
 from simnpo.data import Example, load_examples, warn_about_overlap
 from simnpo.errors import UserError
+from simnpo.loading import load_weights
 from simnpo.memory.checkpoints import checkpoint_layers
 from simnpo.memory.tiles import tile_layers
-from simnpo.model import add_lora, causal_lm, keeps_sequences_apart, load_weights, shares_prefix
+from simnpo.model import add_lora, causal_lm, keeps_sequences_apart, shares_prefix
 from simnpo.pieces import separate, split
 from simnpo.training.checkpoint import checkpoints, keep_newest, read_state
 from simnpo.training.disk import remove_leftovers, write_json
