@@ -39,6 +39,9 @@ def load_tokenizer(name_or_path: str) -> Any:
     """
     source, options = _source(name_or_path)
     check_json(Path(name_or_path))
+    if (Path(name_or_path) / "config.json").is_file():
+        # the kind of tokenizer may depend on it
+        read_config(name_or_path)
     with refusing(f"model: cannot load {name_or_path!r}: its tokenizer files"), _rust_panics():
         tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     what = f"model: the tokenizer of {name_or_path!r}"
@@ -106,10 +109,15 @@ def read_config(name_or_path: str) -> Any:
     """The configuration of a Hugging Face id, folder, config.json or .gguf file; its weights are not read.
 
     Raises:
-        UserError: there is none, transformers cannot read it, or it asks for code from the hub.
+        UserError: there is none, it is that of an adapter, transformers cannot read it, or it asks for code from the hub.
     """
     source, options = _source(name_or_path)
     path = Path(name_or_path)
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"model: {path} holds a PEFT adapter, not a model: merge it into its base model (merge_and_unload, then "
+            "save_pretrained) and give that folder"
+        )
     check_json(path)
     where = str(path / "config.json") if path.is_dir() else name_or_path
     with refusing(f"model: cannot read the configuration {where!r}"):
@@ -119,9 +127,9 @@ def read_config(name_or_path: str) -> Any:
             check_sizes(raw, where, sum(len(read_shapes(file)) for file in files) or None)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
         text = config.get_text_config()
-        attention = [getattr(part, "_attn_implementation", None) for part in (config, text)]
-    if any("/" in str(name) for name in attention):
-        raise UserError(f"model: {where} asks for code from the hub, attention {attention}")
+        attention = [str(getattr(part, "_attn_implementation", None)) for part in (config, text)]
+    if any("/" in name for name in attention):
+        raise UserError(f"model: {where} asks for code from the hub: attention {max(attention)}")
     return config
 
 
@@ -171,15 +179,10 @@ def _check_folder(path: Path, config: Any, *, in_4bit: bool) -> dict[Path, Shape
     """The shapes of all weights in a folder, by file; nothing of a hub id or a .gguf file.
 
     Raises:
-        UserError: it holds an adapter, a damaged file, or far too few weights for its config.json.
+        UserError: it holds a damaged file, or far too few weights for its config.json.
     """
     if not path.is_dir():
         return {}
-    if (path / "adapter_config.json").is_file():
-        raise UserError(
-            f"model: {path} holds a PEFT adapter, not a model: merge it into its base model (merge_and_unload, then "
-            "save_pretrained) and give that folder"
-        )
     shapes = {file: read_shapes(file) for file in weight_files(path)}
     if in_4bit:
         # rounding to 4 bits may turn what is not finite into a number

@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -255,7 +256,8 @@ def verify_head(model: nn.Module) -> None:
         logits = scale * nn.functional.linear(hidden.to(weight.dtype), weight, bias).double()
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        expected = causal_lm(model)(input_ids=batch.input_ids, use_cache=False).logits[0].double()
+        # with a cache where the model has one, as it will write answers
+        expected = causal_lm(model)(input_ids=batch.input_ids).logits[0].double()
         if not expected.isfinite().all():
             raise UserError(f"model: {type(causal_lm(model)).__name__} gives logits that are NaN or infinite")
     error = relative_error(logits, expected)
@@ -305,6 +307,48 @@ def same_hidden_states(model: nn.Module, ours: Tensor, expected: Tensor) -> bool
     autocast = torch.is_autocast_enabled(expected.device.type)
     dtype = torch.get_autocast_dtype(expected.device.type) if autocast else next(model.parameters()).dtype
     return relative_error(ours.float(), expected.float()) <= TOLERANCE[dtype]
+
+
+class _Lookups(TorchDispatchMode):
+    """Records which rows of which tables are looked up, whatever the module that does it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.embedding.default:
+            self.found.append((args[0], args[1]))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def position_limit(model: nn.Module) -> int | None:
+    """The longest sequence that a model with learned absolute positions can read; None if it has none.
+
+    Measured: a table of positions is one that a short sequence looks up consecutive rows of, from the first one it uses
+    (OPT leaves out two). A rotary or relative embedding has no such table.
+
+    Raises:
+        UserError: the model cannot run.
+    """
+    lm = causal_lm(model)
+    batch = probe(model, [7])
+    # rows that no counting of positions would give, so that the table of tokens is not taken for one of positions
+    batch = replace(batch, input_ids=batch.input_ids.flip(1))
+    was_training = model.training
+    model.eval()
+    try:
+        with refusing(f"model: {type(lm).__name__} cannot run"), _Lookups() as lookups:
+            hidden_states(model, batch)
+    finally:
+        model.train(was_training)
+    limits = []
+    for table, rows in lookups.found:
+        first = rows.flatten()[:1]
+        if rows.numel() == 7 and torch.equal(rows.flatten(), first + torch.arange(7, device=rows.device)):
+            limits.append(len(table) - int(first))
+    return min(limits, default=None)
 
 
 def probe(model: nn.Module, lengths: list[int]) -> Batch:
