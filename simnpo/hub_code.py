@@ -77,10 +77,10 @@ def _guard_fallback(import_utils: Any) -> None:
     if fetches is None or fetches.__name__ == "asked_only":
         return
 
-    def asked_only(version: int) -> bool:
+    def asked_only(fa_version: int) -> bool:
         from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK
 
-        return FLASH_ATTN_KERNEL_FALLBACK[f"flash_attention_{version}"] in _asked and fetches(version)
+        return FLASH_ATTN_KERNEL_FALLBACK[f"flash_attention_{fa_version}"] in _asked and fetches(fa_version)
 
     setattr(import_utils, name, asked_only)
 

@@ -92,6 +92,9 @@ def load_weights(
         options["attn_implementation"] = attention
     if in_4bit_on is not None:
         options |= {"quantization_config": _nf4(dtype), "device_map": {"": in_4bit_on}}
+    if is_gguf and hasattr(transformers, "GgufConfig"):
+        # else it looks for a kernel that computes on packed weights, and warns that there is none
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     config = read_config(name_or_path)
     shapes = _check_folder(Path(name_or_path), config, in_4bit=in_4bit_on is not None)
     # what does not fit is reported by `_check_loaded`, in a line of its own
@@ -109,8 +112,9 @@ def read_config(name_or_path: str) -> Any:
     """The configuration of a Hugging Face id, folder, config.json or .gguf file; its weights are not read.
 
     Raises:
-        UserError: there is none, it is that of an adapter, transformers cannot read it, or it asks for code from the hub.
+        UserError: there is none, it is an adapter's, transformers cannot read it, or it asks for code from the hub.
     """
+    refuse_unasked(None)
     source, options = _source(name_or_path)
     path = Path(name_or_path)
     if (path / "adapter_config.json").is_file():
