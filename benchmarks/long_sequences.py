@@ -39,7 +39,8 @@ from simnpo.benchmarks.measure import environment
 from simnpo.demo import model_file
 from simnpo.evaluation.results import markdown_table
 from simnpo.kernels.linear_logps import linear_logps
-from simnpo.model import add_lora, load_model
+from simnpo.loading import load_model
+from simnpo.model import add_lora
 from simnpo.objectives import SimNPO
 from simnpo.training.disk import write_text
 from simnpo.upcast import float32_arithmetic

@@ -113,7 +113,8 @@ def real_batch(model: str, data: str, N: int, T: int, dtype: torch.dtype, device
     from simnpo.batch import collate
     from simnpo.data import load_examples
     from simnpo.errors import UserError
-    from simnpo.model import hidden_states, load_model, output_head
+    from simnpo.loading import load_model
+    from simnpo.model import hidden_states, output_head
 
     lm, tokenizer = load_model(model)
     head = output_head(lm)

@@ -31,7 +31,7 @@ from simnpo.benchmarks.measure import environment, peak_memory
 from simnpo.config import UnlearnConfig
 from simnpo.data import Example
 from simnpo.demo import model_file
-from simnpo.model import DTYPE
+from simnpo.loading import DTYPE
 from simnpo.planning.auto import largest_step
 from simnpo.planning.machine import Machine, make_machine
 from simnpo.planning.model_shape import ModelShape, read_config

@@ -15,7 +15,6 @@ Dimension key:
     N  tokens of a packed row      H  heads      d  head dimension
 """
 
-import importlib.util
 import inspect
 import logging
 from collections.abc import Callable
@@ -27,6 +26,7 @@ import transformers
 from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.utils import is_flash_attn_2_available
 
 from simnpo.kernels.autograd import first_derivative_only
 from simnpo.model import SHARED_PREFIX, causal_lm, hidden_states, probe, same_hidden_states
@@ -324,7 +324,8 @@ def use_packed_attention(model: nn.Module) -> str:
     packed, alone = probe(model, [5, 7, 11, 7]), probe(model, [7])
     expected = hidden_states(model, alone)[0]
     candidates = [NAME] if SUPPORTED else []
-    if packed.input_ids.is_cuda and importlib.util.find_spec("flash_attn") is not None:
+    # where the package does not run transformers would fetch a kernel from the hub in its place
+    if packed.input_ids.is_cuda and is_flash_attn_2_available():
         candidates.insert(0, "flash_attention_2")
     for name in candidates:
         register()

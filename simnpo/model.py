@@ -1,31 +1,27 @@
 """The model as this package sees it: a body that ends in hidden states, and a head only the fused loss multiplies."""
 
-import importlib.util
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from itertools import chain
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
-from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from simnpo.batch import Batch
 from simnpo.errors import UserError
 from simnpo.kernels.parallel import whole
-from simnpo.training.digests import check_written_model
 
 logger = logging.getLogger(__name__)
-
-# what transformers calls the dtype to load weights in
-DTYPE = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
 
 # names under which configurations keep a factor of the logits, and whether the model divides by it
 LOGIT_FACTORS = {
@@ -39,101 +35,60 @@ MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax",)
 SHARED_PREFIX: ContextVar[int] = ContextVar("SHARED_PREFIX", default=0)
 # what two ways of computing the same hidden states may differ by, relative, in the dtype of the arithmetic
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# how allocators say that there is no room, where they have no exception of their own
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
-def load_tokenizer(name_or_path: str) -> Any:
-    """The model's tokenizer, with a pad token.
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turns whatever other packages raise about a model into a `UserError` that begins with `what`.
 
-    Raises:
-        UserError: there is none, or it has neither a pad nor an end-of-sequence token.
+    Memory that runs out stays what it is: the model may be right and the machine too small.
     """
-    tokenizer = _from_pretrained(AutoTokenizer, name_or_path)
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is None:
-            raise UserError(f"model: the tokenizer of {name_or_path!r} has neither a pad nor an end-of-sequence token")
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_model(
-    name_or_path: str, *, dtype: torch.dtype = torch.float32, attention: str | None = None
-) -> tuple[PreTrainedModel, Any]:
-    """`load_weights` and `load_tokenizer`."""
-    tokenizer = load_tokenizer(name_or_path)
-    return load_weights(name_or_path, dtype=dtype, attention=attention), tokenizer
-
-
-def load_weights(
-    name_or_path: str, *, dtype: torch.dtype, attention: str | None = None, in_4bit_on: torch.device | None = None
-) -> PreTrainedModel:
-    """Loads a causal language model.
-
-    Args:
-        name_or_path: Hugging Face id, folder, or path of a .gguf file.
-        dtype: of the weights.
-        attention: attention implementation as transformers names it; None is transformers' choice.
-        in_4bit_on: put the model there with its linear layers, but the head, in 4 bits (NF4, double quantisation);
-            `dtype` is that of everything else and of the arithmetic. None: no quantisation, on the CPU.
-
-    Raises:
-        UserError: there is no such model, transformers cannot read it, or bitsandbytes is not installed.
-    """
-    check_written_model(Path(name_or_path))
-    is_gguf = name_or_path.endswith(".gguf")
-    if in_4bit_on is not None and is_gguf:
-        raise UserError(f"load_in_4bit: {name_or_path} is a GGUF file, which is loaded as it is: give a folder or id")
-    # in another dtype transformers would keep the weights of a GGUF file packed
-    options: dict[str, Any] = {DTYPE: torch.float32 if is_gguf else dtype}
-    if attention is not None:
-        options["attn_implementation"] = attention
-    if in_4bit_on is not None:
-        options |= {"quantization_config": _nf4(dtype), "device_map": {"": in_4bit_on}}
-    model = _from_pretrained(AutoModelForCausalLM, name_or_path, **options)
-    if is_gguf:
-        model = _without_quantization(model, dtype)
-    return model.eval()
-
-
-def _nf4(dtype: torch.dtype) -> Any:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("load_in_4bit needs bitsandbytes: pip install bitsandbytes")
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-
-
-def _from_pretrained(auto_class: Any, name_or_path: str, **options: Any) -> Any:
-    source = name_or_path
-    if name_or_path.endswith(".gguf"):
-        path = Path(name_or_path)
-        if not path.is_file():
-            raise UserError(f"model: no such file: {name_or_path}")
-        source, options["gguf_file"] = str(path.parent), path.name
     try:
-        return auto_class.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"model: cannot load {name_or_path!r}: {reason}") from error
+        yield
+    except UserError:
+        raise
+    # a file or configuration that is wrong makes readers and models raise anything, from KeyError to RuntimeError
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+        reason = (f"{first} {more[0]}" if more and first.endswith(":") else first)[:300]
+        named = isinstance(error, (OSError, ValueError, ImportError, RuntimeError)) and reason
+        raise UserError(f"{what}: {reason if named else f'{type(error).__name__} {reason}'.strip()}") from error
 
 
-def _without_quantization(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The same weights in a fresh model: one loaded from GGUF carries marks of it that `save_pretrained` trips over."""
-    config = model.config
-    if hasattr(config, "quantization_config"):
-        delattr(config, "quantization_config")
-    options = {DTYPE: dtype, "attn_implementation": config._attn_implementation}
-    fresh = AutoModelForCausalLM.from_config(config, **options)
-    fresh.load_state_dict(model.state_dict())
-    fresh.generation_config = model.generation_config
-    return fresh
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no room for a tensor."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
-    """Adapters of `rank`, in fp32, on every linear layer but the head; everything else is frozen."""
+    """Adapters of `rank`, in fp32, on every linear layer but the head; everything else is frozen.
+
+    Raises:
+        UserError: no layer is as large as `rank`: a product of that rank could be nothing it adapts, and may not fit.
+    """
+    largest = max((min(size) for size in _adapted_sizes(model)), default=0)
+    if rank > largest:
+        raise UserError(f"lora_rank must be at most {largest}, the rank of the largest layer it adapts, got {rank}")
     return get_peft_model(
         model,  # type: ignore[arg-type]
         LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"),  # type: ignore[arg-type]
     )
+
+
+def _adapted_sizes(model: PreTrainedModel) -> Iterator[tuple[int, int]]:
+    """Inputs and outputs of every layer that PEFT's "all-linear" adapts."""
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if module is not head and isinstance(module, nn.Linear):
+            yield module.in_features, module.out_features
+        elif isinstance(module, Conv1D):
+            yield module.nx, module.nf
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -207,15 +162,32 @@ def _refuse_untied(lm: Any, head: nn.Module) -> None:
 
 
 def logit_transform(model: nn.Module) -> tuple[float, float | None]:
-    """Scale and soft-cap of the logits, from the configuration."""
+    """Scale and soft-cap of the logits, from the configuration.
+
+    Raises:
+        UserError: one of them is no number that is neither zero nor infinite in float32.
+    """
     config = causal_lm(model).config.get_text_config()
     scale = 1.0
     for name, divides in LOGIT_FACTORS.items():
-        factor = getattr(config, name, None)
+        factor = _logit_factor(config, name)
         if factor is not None:
             divides = divides and not config.model_type.startswith(MULTIPLIES_BY_LOGITS_SCALING)
             scale = scale / factor if divides else scale * factor
-    return scale, getattr(config, "final_logit_softcapping", None)
+    return scale, _logit_factor(config, "final_logit_softcapping")
+
+
+def _logit_factor(config: Any, name: str) -> float | None:
+    factor = getattr(config, name, None)
+    if factor is None:
+        return None
+    # beyond these float32 has no such number, or no inverse of it
+    if type(factor) not in (int, float) or not 2**-126 <= abs(factor) <= 2**126:
+        got = f"{factor!r:.40}" if type(factor) is not int or abs(factor) < 2**126 else "an integer far above"
+        raise UserError(
+            f"model: {name} in the configuration must be a number between 1e-37 and 1e37 in size, got {got}"
+        )
+    return factor
 
 
 def body_of(lm: nn.Module) -> nn.Module | None:
@@ -278,16 +250,20 @@ def verify_head(model: nn.Module) -> None:
     That catches what `output_head` cannot know: a factor under another name, a layer between body and head.
 
     Raises:
-        UserError: they differ.
+        UserError: they differ, are not finite, or the forward fails.
     """
     weight, bias, scale, softcap = output_head(model)
     weight, bias = whole(weight), None if bias is None else whole(bias)
-    batch = probe(model, [7])
-    hidden = hidden_states(model, batch)[0]
-    logits = scale * nn.functional.linear(hidden.to(weight.dtype), weight, bias).double()
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    expected = causal_lm(model)(input_ids=batch.input_ids, use_cache=False).logits[0].double()
+    with refusing(f"model: {type(causal_lm(model)).__name__} cannot run"):
+        batch = probe(model, [7])
+        hidden = hidden_states(model, batch)[0]
+        logits = scale * nn.functional.linear(hidden.to(weight.dtype), weight, bias).double()
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        # with a cache where the model has one, as it will write answers
+        expected = causal_lm(model)(input_ids=batch.input_ids).logits[0].double()
+        if not expected.isfinite().all():
+            raise UserError(f"model: {type(causal_lm(model)).__name__} gives logits that are NaN or infinite")
     error = relative_error(logits, expected)
     if not error <= TOLERANCE[weight.dtype]:
         raise UserError(
@@ -335,6 +311,48 @@ def same_hidden_states(model: nn.Module, ours: Tensor, expected: Tensor) -> bool
     autocast = torch.is_autocast_enabled(expected.device.type)
     dtype = torch.get_autocast_dtype(expected.device.type) if autocast else next(model.parameters()).dtype
     return relative_error(ours.float(), expected.float()) <= TOLERANCE[dtype]
+
+
+class _Lookups(TorchDispatchMode):
+    """Records which rows of which tables are looked up, whatever the module that does it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.embedding.default:
+            self.found.append((args[0], args[1]))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def position_limit(model: nn.Module) -> int | None:
+    """The longest sequence that a model with learned absolute positions can read; None if it has none.
+
+    Measured: a table of positions is one that a short sequence looks up consecutive rows of, from the first one it uses
+    (OPT leaves out two). A rotary or relative embedding has no such table.
+
+    Raises:
+        UserError: the model cannot run.
+    """
+    lm = causal_lm(model)
+    batch = probe(model, [7])
+    # rows that no counting of positions would give, so that the table of tokens is not taken for one of positions
+    batch = replace(batch, input_ids=batch.input_ids.flip(1))
+    was_training = model.training
+    model.eval()
+    try:
+        with refusing(f"model: {type(lm).__name__} cannot run"), _Lookups() as lookups:
+            hidden_states(model, batch)
+    finally:
+        model.train(was_training)
+    limits = []
+    for table, rows in lookups.found:
+        first = rows.flatten()[:1]
+        if rows.numel() == 7 and torch.equal(rows.flatten(), first + torch.arange(7, device=rows.device)):
+            limits.append(len(table) - int(first))
+    return min(limits, default=None)
 
 
 def probe(model: nn.Module, lengths: list[int]) -> Batch:

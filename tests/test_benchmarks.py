@@ -15,7 +15,7 @@ from simnpo.benchmarks.operands import SHAPES, exact, make_batch, real_batch
 from simnpo.cli import main
 from simnpo.data import load_examples
 from simnpo.errors import UserError
-from simnpo.model import load_model
+from simnpo.loading import load_model
 
 CPU = torch.device("cpu")
 TINY = ["--shapes", "tiny", "--sequence-tokens", "16", "--rounds", "2", "--device", "cpu", "--dtype", "float32"]

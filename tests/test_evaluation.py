@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from simnpo.data import encode
 from simnpo.errors import UserError
 from simnpo.evaluation.examples import evaluate
-from simnpo.evaluation.generation import greedy_answers
+from simnpo.evaluation.generation import greedy_answers, greedy_continuations, greedy_tokens
 from simnpo.evaluation.results import markdown_table, open_folder
+from simnpo.evaluation.subject import Subject
 from simnpo.model import add_lora
 
 ROWS = [
@@ -79,6 +81,42 @@ def test_answers_stop_at_the_end_of_turn(tokenizer, examples):
         model.model.norm.weight.zero_()
         model.lm_head.bias = torch.nn.Parameter(torch.eye(260)[tokenizer.eos_token_id])
     assert greedy_answers(model, tokenizer, examples) == ["", "", ""]
+
+
+def gpt2(positions: int) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=260, n_embd=32, n_layer=1, n_head=4, n_positions=positions, initializer_range=0.3)
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize("room", [0, 1, 3])
+def test_answers_end_with_the_learned_positions(tokenizer, room):
+    prompts = [[40, 41, 42], list(range(50, 60)), list(range(60, 71))]
+    model = gpt2(10 + room)
+    written = greedy_tokens(model, tokenizer, prompts[:2], 6)
+    assert [len(tokens) for tokens in written] == [6, room]
+    # the same tokens as with all the positions there are, and each row as if it were alone
+    alone = greedy_tokens(model, tokenizer, prompts[:1], 6)[0]
+    assert written[0] == alone
+    if room == 0:
+        assert greedy_tokens(model, tokenizer, prompts[1:], 6) == [[], []]
+        assert greedy_continuations(model, tokenizer, prompts[1:], 6) == ["", ""]
+
+
+def test_a_subject_says_once_which_answers_are_cut(tokenizer, caplog):
+    subject = Subject("tiny", gpt2(12), tokenizer, batch_size=2)
+    prompts = [[40], list(range(50, 60)), list(range(60, 72))]
+    with caplog.at_level(logging.WARNING):
+        assert subject.answer(prompts[:1], 6)[0] is not None
+        assert not caplog.records
+        assert subject.answer(prompts, 6)[2] == ""
+    (record,) = caplog.records
+    assert "2 of 3 answers may be cut short, 1 of them to nothing" in record.getMessage()
+    with pytest.raises(UserError, match="prompt 2 of 2: 13 tokens are more than the 12 positions"):
+        subject.answer([[40], [41] * 13], 6)
+    row = encode({"prompt": "a" * 9, "response": "b" * 9}, tokenizer, "rows.jsonl:7", 200)
+    with pytest.raises(UserError, match=r"rows\.jsonl:7: \d+ tokens are more than the 12 positions"):
+        subject.score([row])
 
 
 def test_text_rows_have_no_answer(tokenizer, examples):

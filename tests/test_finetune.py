@@ -9,7 +9,7 @@ from conftest import make_model, write_rows
 from simnpo.benchmarks.tofu.finetune import finetune
 from simnpo.data import load_examples
 from simnpo.errors import UserError
-from simnpo.model import load_tokenizer, load_weights
+from simnpo.loading import load_tokenizer, load_weights
 
 ROWS = [{"question": f"Who is {i}?", "answer": f"It is {name}."} for i, name in enumerate(("Ada", "Bo", "Cy", "Di"))]
 SETTINGS = {"epochs": 40, "batch_size": 2, "peak_rate": 5e-3, "seed": 0}

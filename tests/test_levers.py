@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from simnpo import SimNPO, attach
 from simnpo.config import UnlearnConfig
 from simnpo.errors import RunError, UserError
-from simnpo.model import add_lora, load_weights, relative_error
+from simnpo.loading import load_weights
+from simnpo.model import add_lora, relative_error
 from simnpo.training import smaller
 from simnpo.training.loop import unlearn
 

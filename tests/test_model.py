@@ -1,4 +1,5 @@
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from transformers import (
     LlamaModel,
     MambaConfig,
     MambaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PhiConfig,
     PhiForCausalLM,
 )
@@ -27,7 +30,16 @@ from transformers import (
 from simnpo.batch import collate
 from simnpo.data import encode
 from simnpo.errors import UserError
-from simnpo.model import add_lora, hidden_states, keeps_sequences_apart, load_model, output_head, verify_head
+from simnpo.loading import load_model
+from simnpo.model import (
+    add_lora,
+    hidden_states,
+    keeps_sequences_apart,
+    output_head,
+    position_limit,
+    verify_head,
+)
+from simnpo.training.setup import check_tokens
 
 SIZES = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -119,7 +131,59 @@ def test_gpt2_with_learned_positions():
     assert output_head(model).weight is model.transformer.wte.weight
 
 
+def gpt2(positions: int) -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=260, n_embd=32, n_layer=2, n_head=4, n_positions=positions)).eval()
+
+
+def opt(positions: int) -> OPTForCausalLM:
+    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = OPTConfig(vocab_size=260, word_embed_proj_dim=32, max_position_embeddings=positions, **sizes)
+    return OPTForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("make", [gpt2, opt])
+@pytest.mark.parametrize("positions", [7, 20])
+def test_learned_positions_end_where_the_model_fails(make, positions):
+    model = make(positions).train()
+    assert position_limit(model) == positions
+    assert model.training
+    model.eval()
+    model(input_ids=torch.ones(1, positions, dtype=torch.int64))
+    with pytest.raises(IndexError):
+        model(input_ids=torch.ones(1, positions + 1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_other_positions_have_no_end(name):
+    assert position_limit(HEADS[name]().eval()) is None
+
+
+def test_examples_beyond_the_learned_positions(caplog):
+    rows = [{"prompt": "ab", "response": "c" * n} for n in (1, 4)]
+    examples = [encode(row, make_tokenizer(chat=False), f"f.jsonl:{i}", 100) for i, row in enumerate(rows, start=1)]
+    longest = max(len(example.input_ids) for example in examples)
+    with caplog.at_level("WARNING"):
+        check_tokens(gpt2(longest + 100), examples)
+        assert not caplog.records
+        check_tokens(gpt2(longest), examples)
+    (record,) = caplog.records
+    assert "2 of 2 answers may be cut short, 0 of them to nothing" in record.getMessage()
+    said = rf"f\.jsonl:2: {longest} tokens are more than the {longest - 1} positions .* --max-length {longest - 1} or"
+    with pytest.raises(UserError, match=said):
+        check_tokens(gpt2(longest - 1), examples)
+    # pieces of a document have positions of their own
+    document = replace(examples[1], piece_lengths=(longest - 4, 4))
+    check_tokens(gpt2(longest - 1), [document])
+
+
 # What is refused
+
+
+@pytest.mark.parametrize("make", [make_model, lambda: gpt2(20)])
+def test_adapters_of_a_rank_that_no_layer_has(make):
+    with pytest.raises(UserError, match=r"lora_rank must be at most 32, .*, got 33"):
+        add_lora(make(), rank=33, alpha=1.0)
+    add_lora(make(), rank=32, alpha=1.0)
 
 
 def test_head_that_cannot_be_found():

@@ -228,9 +228,9 @@ def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path):
     target = tmp_path / "folder"
     target.mkdir()
     (target / "notes").write_text("mine")
-    with pytest.raises(RunError, match=r"folder would be replaced, and it holds notes, which was not written by this"):
-        with disk.whole_folder(target) as folder:
-            (folder / "a").write_text("1")
+    message = r"folder would be replaced, and it holds notes, which was not written by this"
+    with pytest.raises(RunError, match=message), disk.whole_folder(target) as folder:
+        (folder / "a").write_text("1")
     assert {path.name: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {"notes": "mine"}
 
 

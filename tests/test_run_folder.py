@@ -174,7 +174,7 @@ def test_weights_that_are_not_finite_are_never_saved(config, monkeypatch, tmp_pa
     # the last finite checkpoint survives
     spoil_weights(monkeypatch, step=3, value=float("nan"))
     output = tmp_path / "spoiled"
-    with pytest.raises(RunError, match="step 3: .*checkpoints written before are intact"):
+    with pytest.raises(RunError, match=r"step 3: .*checkpoints written before are intact"):
         unlearn(config(output=str(output), keep_checkpoints=1))
     assert newest_checkpoint(output / "checkpoints").name == "step-00000002"
     monkeypatch.undo()

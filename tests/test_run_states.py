@@ -1,4 +1,4 @@
-"""Start, kill, signal, report, resume, edit, a second process, in any order: an exit status of 0 means a complete model.
+"""Start, kill, signal, report, resume, edit, a second process, in any order: status 0 means a complete model.
 
 A few sequences run with all tests; SIMNPO_FAULTS=full (`make test-faults`) runs hundreds.
 """

@@ -26,7 +26,7 @@ from simnpo.benchmarks.throughput.timing import OURS, StepTimes, time_steps
 from simnpo.benchmarks.throughput.workload import Workload, documents, every_row_a_target, tofu, tofu_sized
 from simnpo.data import load_examples
 from simnpo.errors import RunError, UserError
-from simnpo.model import load_tokenizer
+from simnpo.loading import load_tokenizer
 from simnpo.objectives import NPO, SimNPO
 
 PAD = 256

@@ -19,9 +19,10 @@ from transformers import (
 
 from simnpo import SimNPO, attach
 from simnpo.errors import UserError
+from simnpo.loading import load_weights
 from simnpo.memory.checkpoints import checkpoint_layers
 from simnpo.memory.tiles import TiledForward, tile_layers
-from simnpo.model import add_lora, load_weights, relative_error
+from simnpo.model import add_lora, relative_error
 from simnpo.planning import levers
 from simnpo.planning.ledger import LiveBytes
 from simnpo.planning.model_shape import ModelShape

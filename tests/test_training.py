@@ -16,7 +16,7 @@ from simnpo.batch import Sampler
 from simnpo.config import UnlearnConfig
 from simnpo.data import encode, load_examples
 from simnpo.errors import RunError, UserError
-from simnpo.model import load_model
+from simnpo.loading import load_model
 from simnpo.training import checkpoint as checkpoint_module
 from simnpo.training.forward import Collator, sequence_logps
 from simnpo.training.loop import unlearn

@@ -23,8 +23,9 @@ from transformers import (
 
 from simnpo import attach, attention, upcast
 from simnpo.errors import UserError
+from simnpo.loading import load_weights
 from simnpo.memory.tiles import tile_layers
-from simnpo.model import add_lora, load_weights, relative_error
+from simnpo.model import add_lora, relative_error
 from simnpo.upcast import check_float32, float32_arithmetic, product_of_parts
 
 IDS = torch.arange(3 * 40).view(3, 40) % 250

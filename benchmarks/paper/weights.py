@@ -23,7 +23,8 @@ from simnpo.benchmarks.report import markdown_facts, markdown_table
 from simnpo.data import Example, load_examples
 from simnpo.evaluation.subject import Subject
 from simnpo.kernels.linear_unlearn_loss import linear_unlearn_loss
-from simnpo.model import hidden_states, load_model, output_head
+from simnpo.loading import load_model
+from simnpo.model import hidden_states, output_head
 from simnpo.objectives import NPO, SimNPO
 from simnpo.training.optimizer import clip_gradients, make_optimizer, set_learning_rate
 

@@ -17,7 +17,7 @@ from simnpo.benchmarks.throughput.workload import Workload, documents, tofu, tof
 from simnpo.config import UnlearnConfig
 from simnpo.demo import model_file
 from simnpo.errors import UserError
-from simnpo.model import load_tokenizer
+from simnpo.loading import load_tokenizer
 
 # the published forget05 run's
 FORGET_COEF, RETAIN_COEF, LEARNING_RATE = 0.1375, 1.0, 1e-5

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from simnpo.model import DTYPE
+from simnpo.loading import DTYPE
 from simnpo.training.disk import whole_folder
 
 FIELDS = (

@@ -19,7 +19,8 @@ from simnpo.attention import use_packed_attention
 from simnpo.batch import collate, random_stream
 from simnpo.data import load_examples
 from simnpo.errors import UserError
-from simnpo.model import keeps_sequences_apart, load_tokenizer, load_weights, shares_prefix
+from simnpo.loading import load_tokenizer, load_weights
+from simnpo.model import keeps_sequences_apart, shares_prefix
 from simnpo.objectives import SimNPO
 from simnpo.training.disk import whole_folder
 from simnpo.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate

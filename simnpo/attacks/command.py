@@ -91,7 +91,7 @@ def check_prefix(arguments: argparse.Namespace) -> None:
 def read(arguments: argparse.Namespace, path: str, name: str) -> Any:
     """The questions of a file, as the model `name` reads them."""
     from simnpo.evaluation.questions import encode_questions
-    from simnpo.model import load_tokenizer
+    from simnpo.loading import load_tokenizer
     from simnpo.rows import read_rows
 
     rows = list(islice(read_rows(Path(path)), arguments.max_examples))

@@ -119,7 +119,7 @@ def tofu(arguments: argparse.Namespace) -> str:
         tofu_page,
         tofu_results,
     )
-    from simnpo.model import load_tokenizer
+    from simnpo.loading import load_tokenizer
 
     split, max_length = arguments.split or "forget01", arguments.max_length or MAX_LENGTH
 
@@ -166,7 +166,7 @@ def muse(arguments: argparse.Namespace) -> str:
         retrained_from_results,
     )
     from simnpo.evaluation.results import open_folder, versions, write_results
-    from simnpo.model import load_tokenizer
+    from simnpo.loading import load_tokenizer
 
     refuse_options(arguments, "max_new_tokens", "split", "max_length")
     found, retrained, compared = read_muse(arguments.data, arguments.max_examples), None, arguments.retain_model

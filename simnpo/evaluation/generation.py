@@ -1,5 +1,7 @@
 """What a model writes by itself when it always takes the most probable token."""
 
+import logging
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +10,9 @@ from torch import nn
 from transformers import GenerationConfig
 
 from simnpo.data import Example
-from simnpo.model import causal_lm
+from simnpo.model import causal_lm, position_limit
+
+logger = logging.getLogger(__name__)
 
 
 def greedy_answers(
@@ -42,7 +46,25 @@ def greedy_tokens(
     Args:
         prompts: token ids, none empty; they make one batch, padded on the left.
         max_new_tokens: of a continuation; it ends before at an end-of-sequence token, and padding follows.
+
+    Returns:
+        A list for each prompt; shorter ones, down to none, where the model has learned no positions further on.
     """
+    limit = position_limit(model)
+    if limit is None:
+        return _generate(model, tokenizer, prompts, max_new_tokens)
+    written: list[list[int]] = [[] for _ in prompts]
+    by_room: dict[int, list[int]] = defaultdict(list)
+    for i, prompt in enumerate(prompts):
+        by_room[min(max_new_tokens, limit - len(prompt))].append(i)
+    for room, indices in by_room.items():
+        if room > 0:
+            for i, tokens in zip(indices, _generate(model, tokenizer, [prompts[i] for i in indices], room)):
+                written[i] = tokens
+    return written
+
+
+def _generate(model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
     device, pad = next(model.parameters()).device, tokenizer.pad_token_id
     width = max(map(len, prompts))
     ids = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
@@ -64,6 +86,18 @@ def greedy_tokens(
     finally:
         lm.generation_config = own
     return output[:, width:].tolist()
+
+
+def warn_of_short_answers(limit: int | None, prompt_lengths: Sequence[int], max_new_tokens: int) -> None:
+    """Warns once of all answers that the positions a model has learned leave too little room for."""
+    short = [length for length in prompt_lengths if limit is not None and length + max_new_tokens > limit]
+    if short:
+        logger.warning(
+            "%d of %d answers may be cut short, %d of them to nothing: the model has learned %d positions, and the "
+            "longest prompt leaves room for %d of %d tokens",
+            len(short), len(prompt_lengths), sum(length >= (limit or 0) for length in short), limit,
+            max(0, (limit or 0) - max(short)), max_new_tokens,
+        )  # fmt: skip
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:

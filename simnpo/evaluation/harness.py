@@ -43,7 +43,7 @@ def run_harness(
     import lm_eval  # type: ignore[import-not-found]
     from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]
 
-    from simnpo.model import load_model
+    from simnpo.loading import load_model
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     lm, tokenizer = load_model(model, dtype=dtype)

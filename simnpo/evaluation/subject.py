@@ -15,10 +15,12 @@ from torch import nn
 from simnpo.attention import use_packed_attention
 from simnpo.batch import collate
 from simnpo.data import IGNORE_INDEX, Example
-from simnpo.evaluation.generation import end_tokens, greedy_tokens
+from simnpo.errors import UserError
+from simnpo.evaluation.generation import end_tokens, greedy_tokens, warn_of_short_answers
 from simnpo.kernels.linear_target_stats import linear_target_stats
-from simnpo.model import hidden_states, load_model, output_head, shares_prefix, verify_head
-from simnpo.training.setup import check_tokens
+from simnpo.loading import load_model
+from simnpo.model import hidden_states, output_head, position_limit, refusing, shares_prefix, verify_head
+from simnpo.training.setup import check_readable
 
 # tokens of one forward, whatever the number of its sequences: long texts would not fit otherwise
 MAX_BATCH_TOKENS = 16_384
@@ -70,9 +72,9 @@ class Subject:
         """The targets of each example, in one pass over all of them; the vocabulary exists only inside the head's op.
 
         Raises:
-            UserError: an example has a token the model has no embedding of.
+            UserError: an example has a token, or a position, that the model has no embedding of.
         """
-        check_tokens(self.model, list(examples))
+        check_readable(self.model, list(examples))
         device = next(self.model.parameters()).device
         head = output_head(self.model)
         scores: list[TargetScores | None] = [None] * len(examples)
@@ -125,7 +127,18 @@ class Subject:
             begun: tokens with which each answer is known to begin, the most probable ones when they were scored.
                 Written one by one they take far longer, and are the same but for near ties that bf16 decides by what
                 else is in the batch. None: nothing is known.
+
+        Raises:
+            UserError: a prompt is longer than the positions the model has learned.
         """
+        limit = position_limit(self.model)
+        for i, prompt in enumerate(prompts):
+            if limit is not None and len(prompt) > limit:
+                raise UserError(
+                    f"prompt {i + 1} of {len(prompts)}: {len(prompt)} tokens are more than the {limit} positions the "
+                    "model has learned: use a smaller --max-length"
+                )
+        warn_of_short_answers(limit, [len(prompt) for prompt in prompts], max_new_tokens)
         written = [[] for _ in prompts] if begun is None else [tokens[:max_new_tokens] for tokens in begun]
         ends = end_tokens(self.model, self.tokenizer)
         going_on = [i for i, tokens in enumerate(written) if len(tokens) < max_new_tokens and not ends & {*tokens}]
@@ -174,5 +187,7 @@ def load_subject(
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     model = model.to(device).eval()  # type: ignore[arg-type]
     verify_head(model)
-    use_packed_attention(model)
-    return Subject(name_or_path, model, tokenizer, batch_size, show_progress, packs=shares_prefix(model))
+    with refusing(f"model: {name_or_path!r} cannot run"):
+        use_packed_attention(model)
+        packs = shares_prefix(model)
+    return Subject(name_or_path, model, tokenizer, batch_size, show_progress, packs)

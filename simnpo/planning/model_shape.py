@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from simnpo import loading
 from simnpo.errors import UserError
-from simnpo.model import DTYPE, body_of
+from simnpo.loading import DTYPE
+from simnpo.model import body_of, refusing
 
 
 def read_config(name_or_path: str) -> Any:
@@ -21,18 +22,7 @@ def read_config(name_or_path: str) -> Any:
     Raises:
         UserError: there is none, or transformers cannot read it.
     """
-    options: dict[str, Any] = {}
-    source = name_or_path
-    path = Path(name_or_path)
-    if name_or_path.endswith((".gguf", ".json")) and not path.is_file():
-        raise UserError(f"model: no such file: {name_or_path}")
-    if name_or_path.endswith(".gguf"):
-        source, options["gguf_file"] = str(path.parent), path.name
-    try:
-        config = AutoConfig.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"model: cannot read the configuration of {name_or_path!r}: {reason}") from error
+    config = loading.read_config(name_or_path)
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")
     return config
@@ -54,6 +44,8 @@ class ModelShape:
         self.config = config
         text = config.get_text_config()
         self.num_layers: int = text.num_hidden_layers
+        if type(self.num_layers) is not int or self.num_layers < 1:
+            raise UserError(f"model: num_hidden_layers must be a positive number, got {self.num_layers!r}")
         with torch.device("meta"):
             self._whole = self._from_config(config, torch.float32)
         layers = [[(name, p.shape) for name, p in layer.named_parameters()] for layer in layers_of(self._whole)]
@@ -82,10 +74,8 @@ class ModelShape:
         return sum(shape.numel() for shape in self.trained_shapes)
 
     def _from_config(self, config: Any, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-        try:
+        with refusing(f"model: transformers cannot make a {config.model_type!r} model"):
             return AutoModelForCausalLM.from_config(config, **{DTYPE: dtype}, **options)
-        except (ValueError, KeyError, AttributeError, ImportError) as error:
-            raise UserError(f"model: transformers cannot make a {config.model_type!r} model: {error}") from error
 
 
 def layers_of(lm: nn.Module) -> nn.ModuleList:

@@ -17,7 +17,7 @@ from simnpo.batch import Sampler
 from simnpo.config import UnlearnConfig
 from simnpo.data import Example
 from simnpo.errors import UserError
-from simnpo.model import load_tokenizer
+from simnpo.loading import load_tokenizer
 from simnpo.planning import auto
 from simnpo.report import write_report
 from simnpo.training import result, run_folder, setup
@@ -86,6 +86,7 @@ def run_in_folder(config: UnlearnConfig, accelerator: Accelerator, stop: StopSig
 
     tokenizer = load_tokenizer(config.model)
     forget, retain, heldout = setup.read_data(config, tokenizer)
+    config.num_steps(len(forget))  # refuses more than can be counted
     facts = {"data": setup.fingerprint(forget, retain), "ranks": accelerator.num_processes}
     checkpoint = on_main(accelerator, lambda: setup.newest_checkpoint(config, facts))
     if config.auto:

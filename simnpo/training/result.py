@@ -15,7 +15,7 @@ from rich.console import Console
 import simnpo
 import simnpo.evaluation.examples as evaluation
 from simnpo.errors import RunError
-from simnpo.model import load_weights
+from simnpo.loading import load_weights
 from simnpo.training.checkpoint import not_finite
 from simnpo.training.disk import whole_folder, write_json
 from simnpo.training.forward import autocast, in_pieces, sequence_logps

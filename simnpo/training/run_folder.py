@@ -203,7 +203,7 @@ def remove_run(output: Path) -> None:
 
 
 def discard(output: Path, *names: str) -> None:
-    """Removes folders of a complete run that nobody wants any more, unless they hold something that it did not write."""
+    """Removes folders of a complete run that are no longer wanted, unless they hold something that it did not write."""
     strange = strange_files(output)
     for folder in (output / name for name in names):
         if kept := [path for path in strange if folder in path.parents]:
@@ -223,8 +223,8 @@ def is_complete(output: Path) -> bool:
         return False
     if damage := damaged_file(output, promised):
         raise UserError(
-            f"{output} holds a complete run, and {damage}: once {COMPLETE} is removed, --resume writes everything again "
-            "from the last checkpoint"
+            f"{output} holds a complete run, and {damage}: once {COMPLETE} is removed, --resume writes everything "
+            "again from the last checkpoint"
         )
     return True
 

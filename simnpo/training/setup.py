@@ -14,9 +14,11 @@ from simnpo.attention import use_packed_attention
 from simnpo.config import LONG_TARGETS, UnlearnConfig
 from simnpo.data import Example, load_examples, warn_about_overlap
 from simnpo.errors import UserError
+from simnpo.evaluation.generation import warn_of_short_answers
+from simnpo.loading import load_weights
 from simnpo.memory.checkpoints import checkpoint_layers
 from simnpo.memory.tiles import tile_layers
-from simnpo.model import add_lora, causal_lm, keeps_sequences_apart, load_weights, shares_prefix
+from simnpo.model import add_lora, causal_lm, keeps_sequences_apart, position_limit, refusing, shares_prefix
 from simnpo.pieces import separate, split
 from simnpo.training import checkpoint
 from simnpo.training.forward import Collator, arithmetic, autocast
@@ -105,14 +107,33 @@ def build_model(config: UnlearnConfig, device: torch.device) -> nn.Module:
 
 
 def check_tokens(model: nn.Module, examples: list[Example]) -> None:
-    """Raises `UserError` naming the first example with a token the model has no embedding of."""
-    size = len(causal_lm(model).get_input_embeddings().weight)  # type: ignore[arg-type]
-    for example in examples:
+    """Whether the model has an embedding of every token and, where it has learned its positions, of every position;
+    warns where it has none for the answers that a report shows.
+
+    Raises:
+        UserError: it has not; names the first example.
+    """
+    limit = check_readable(model, examples)
+    asked = [(len(example.prompt_ids), example.num_targets) for example in examples if example.prompt_ids]
+    warn_of_short_answers(limit, [length for length, _ in asked], 2 * max((n for _, n in asked), default=1))
+
+
+def check_readable(model: nn.Module, examples: list[Example]) -> int | None:
+    """`check_tokens` without its warning; returns `simnpo.model.position_limit`."""
+    size, limit = len(causal_lm(model).get_input_embeddings().weight), position_limit(model)  # type: ignore[arg-type]
+    for example in [*examples, *(example.alternate for example in examples if example.alternate is not None)]:
         if max(example.input_ids) >= size:
             raise UserError(
                 f"{example.id}: token {max(example.input_ids)} is outside the model's vocabulary of {size}: "
                 "the tokenizer belongs to another model"
             )
+        longest = max(example.piece_lengths, default=len(example.input_ids))
+        if limit is not None and longest > limit:
+            raise UserError(
+                f"{example.id}: {longest} tokens are more than the {limit} positions the model has learned: use "
+                f"--max-length {limit} or less"
+            )
+    return limit
 
 
 def make_collator(config: UnlearnConfig, model: nn.Module, tokenizer: Any, device: torch.device) -> Collator:
@@ -124,7 +145,7 @@ def make_collator(config: UnlearnConfig, model: nn.Module, tokenizer: Any, devic
     packed, share = config.packing != "off", False
     if packed:
         model.eval()
-        with autocast(config, device):
+        with refusing(f"model: {type(causal_lm(model)).__name__} cannot run"), autocast(config, device):
             if config.attention is None:
                 use_packed_attention(model)
             packed = keeps_sequences_apart(model)

@@ -39,8 +39,8 @@ class Stopped(KeyboardInterrupt):
 class StopSignals:
     """Catches the signals in a `with` block; what handled them before does again after it.
 
-    A signal that is ignored, as SIGHUP is under nohup, stays ignored, and one that the program handles itself stays with
-    the program, but for Ctrl-C. Outside the main thread nothing is caught.
+    A signal that is ignored, as SIGHUP is under nohup, stays ignored, and one that the program handles itself stays
+    with the program, but for Ctrl-C. Outside the main thread nothing is caught.
     """
 
     def __init__(self) -> None:

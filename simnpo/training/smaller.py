@@ -21,22 +21,12 @@ from simnpo.batch import Sampler, seed_torch
 from simnpo.config import UnlearnConfig
 from simnpo.errors import RunError, UserError
 from simnpo.kernels.chunks import MIN_CHUNK_TOKENS, default_chunk_tokens
-from simnpo.model import output_head
+from simnpo.model import is_out_of_memory, output_head
 from simnpo.training.disk import write_json
 from simnpo.training.forward import Collator, arithmetic
 from simnpo.training.step import StepTotals, accumulate
 
 logger = logging.getLogger(__name__)
-
-# how allocators say so where they have no exception of their own
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host had no room for a tensor."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 class SmallerSteps:
