@@ -100,7 +100,8 @@ def load_weights(
     # what does not fit is reported by `_check_loaded`, in a line of its own
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with refusing(f"model: cannot load {name_or_path!r}"), _without_report():
-        model, info = AutoModelForCausalLM.from_pretrained(source, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options)
+        model, info = loaded
         if is_gguf:
             model = _without_quantization(model, dtype)
         _check_loaded(model, info, name_or_path, shapes)
