@@ -337,6 +337,10 @@ def position_limit(model: nn.Module) -> int | None:
         UserError: the model cannot run.
     """
     lm = causal_lm(model)
+    tables = [module for module in lm.modules() if isinstance(module, nn.Embedding)]
+    if all(table is lm.get_input_embeddings() for table in tables):
+        # most models have no other, and need no forward
+        return None
     batch = probe(model, [7])
     # rows that no counting of positions would give, so that the table of tokens is not taken for one of positions
     batch = replace(batch, input_ids=batch.input_ids.flip(1))

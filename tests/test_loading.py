@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,9 +31,9 @@ def logits(model) -> torch.Tensor:
         return model(IDS).logits
 
 
-def refusal(folder: Path, **options) -> str:
+def refusal(folder: Path, dtype: torch.dtype = torch.float32, in_4bit_on: torch.device | None = None) -> str:
     with pytest.raises(UserError) as error:
-        load_weights(str(folder), **{"dtype": torch.float32} | options)
+        load_weights(str(folder), dtype=dtype, in_4bit_on=in_4bit_on)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -202,7 +203,7 @@ def test_memory_that_runs_out_is_no_wrong_model(folder, monkeypatch):
 
 
 def test_forward_that_fails_is_the_models():
-    model = make_model()
+    model: Any = make_model()
     model.model.layers[1].mlp.forward = lambda x: x[0, 0, 0, 0, 0]
     with pytest.raises(UserError, match="model: LlamaForCausalLM cannot run: "):
         attach(model)

@@ -9,6 +9,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from simnpo import attach
 from simnpo.errors import UserError
-from simnpo.loading import load_model
+from simnpo.loading import DTYPE, load_model
 
 FULL = os.environ.get("SIMNPO_FAULTS") == "full"
 VALUES = (None, 0, -1, 10**30, "x", [], float("nan"), {}, True, 0.5)
@@ -54,7 +55,8 @@ def loads(folder: Path) -> bool:
         return False
     with torch.no_grad():
         ours = model(IDS).logits
-        plain, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **{DTYPE: torch.float32})
+        plain, info = loaded
         expected = plain.eval()(IDS).logits
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
