@@ -1,11 +1,11 @@
 """SHA-256 digests that tell whether files are still what was written: of a checkpoint, and of what a run hands over."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from simnpo.errors import UserError
+from simnpo.shapes import read_json
 
 # written last by a run: the digests of what it hands over
 COMPLETE = "complete.json"
@@ -44,16 +44,12 @@ def promised_digests(run: Path) -> dict[str, str] | None:
         UserError: complete.json is damaged.
     """
     path = run / COMPLETE
-    try:
-        promised = json.loads(path.read_bytes())["files"]
-        sound = all(isinstance(name, str) and isinstance(digest, str) for name, digest in promised.items())
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.exists():
         return None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, IsADirectoryError):
-        sound = False
-    if not sound:
-        raise UserError(f"{path} is damaged: remove it, and continue the run with --resume, which writes it anew")
-    return promised
+    try:
+        return read_json(path, {"files": {str: str}})["files"]
+    except UserError as error:
+        raise UserError(f"{error}: once it is removed, the run writes it again with --resume") from error
 
 
 def check_report_inputs(run: Path) -> None:
@@ -74,20 +70,15 @@ def check_report_inputs(run: Path) -> None:
     # the newest checkpoint knows what the files were when it was written; since then they have only grown
     for checkpoint in sorted(run.glob("checkpoints/step-[0-9]*"))[-1:]:
         try:
-            known = {"config.json": json.loads((checkpoint / "state.json").read_bytes())["config"]}
-            known |= {path.name: json.loads(path.read_bytes()) for path in (checkpoint / "run").glob("evaluation.json")}
-            grown = {
-                name for name, value in known.items() if json.loads((run / name).read_bytes()).items() >= value.items()
-            }
-            for path in (checkpoint / "run").glob("*.jsonl"):
-                known[path.name] = path.read_bytes()
-                grown |= {path.name} if (run / path.name).read_bytes().startswith(known[path.name]) else set()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(
-                f"{run}: a file of the run or of its newest checkpoint is damaged ({error}): --resume puts it right"
-            ) from error
-        if changed := sorted(known.keys() - grown):
-            raise UserError(f"{run / changed[0]} is not what the run wrote: --resume puts it right")
+            known = {"config.json": read_json(checkpoint / "state.json", {"config": {str: object}})["config"]}
+            known |= {path.name: read_json(path, {str: object}) for path in checkpoint.glob("run/evaluation.json")}
+            wrong = [name for name in known if not read_json(run / name, {str: object}).items() >= known[name].items()]
+            for path in checkpoint.glob("run/*.jsonl"):
+                wrong += [] if (run / path.name).read_bytes().startswith(path.read_bytes()) else [path.name]
+        except (UserError, OSError) as error:
+            raise UserError(f"{error}: --resume puts the files of a run right that has not ended") from error
+        if wrong:
+            raise UserError(f"{run / wrong[0]} is not what the run wrote: --resume puts it right")
 
 
 def check_written_model(folder: Path) -> None:

@@ -1,6 +1,5 @@
 """The folder of a run: whether it may be written to, by which process, and whether the run in it is complete."""
 
-import json
 import logging
 import os
 import shutil
@@ -14,6 +13,7 @@ from typing import Any
 
 from simnpo.config import UnlearnConfig
 from simnpo.errors import UserError
+from simnpo.shapes import read_json
 from simnpo.training.checkpoint import checkpoints, newest_checkpoint, read_state, set_aside, written_files
 from simnpo.training.digests import COMPLETE, damaged_file, file_digest, folder_digests, promised_digests
 from simnpo.training.disk import TEMPORARY, remove_folder, remove_leftovers, write_json
@@ -139,15 +139,13 @@ def read_config(output: Path) -> dict[str, Any] | None:
         UserError: it is no JSON object.
     """
     path = output / "config.json"
-    try:
-        saved = json.loads(path.read_bytes())
-        if not isinstance(saved, dict):
-            raise ValueError("it is no JSON object")
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.exists():
         return None
-    except (ValueError, RecursionError, IsADirectoryError) as error:
+    try:
+        saved = read_json(path, {str: object})
+    except UserError as error:
         raise UserError(
-            f"{path} is damaged ({error}): remove it; --resume then goes by the configuration in the checkpoints"
+            f"{error}: once it is removed, --resume goes by the configuration in the checkpoints"
         ) from error
     return saved if all(name in saved for name in MARKS) else None
 

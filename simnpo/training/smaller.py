@@ -22,6 +22,7 @@ from simnpo.config import UnlearnConfig
 from simnpo.errors import RunError, UserError
 from simnpo.kernels.chunks import MIN_CHUNK_TOKENS, default_chunk_tokens
 from simnpo.model import is_out_of_memory, output_head
+from simnpo.shapes import read_json
 from simnpo.training.disk import write_json
 from simnpo.training.forward import Collator, arithmetic
 from simnpo.training.step import StepTotals, accumulate
@@ -52,17 +53,13 @@ class SmallerSteps:
     def _read(self) -> list[dict[str, Any]] | None:
         if not self.path.exists():
             return None
-        try:
-            saved = json.loads(self.path.read_bytes())
-            changes, sound = saved["changes"], saved["sha256"] == self._digest(saved["changes"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            changes, sound = [], False
-        if not sound:
+        saved = read_json(self.path, {"changes": [{str: int}], "sha256": str})
+        if saved["sha256"] != self._digest(saved["changes"]):
             raise UserError(
-                f"{self.path} is damaged or belongs to another run, and says how steps were taken: once it is removed, "
-                "--resume goes by what the checkpoint knows of it"
+                f"{self.path} says how steps were taken, and has been changed or belongs to another run: once it is "
+                "removed, --resume goes by what the checkpoint knows of it"
             )
-        return changes
+        return saved["changes"]
 
     def _digest(self, changes: Any) -> str:
         return hashlib.sha256(json.dumps([self.config.fixed(), changes], sort_keys=True).encode()).hexdigest()
