@@ -152,6 +152,9 @@ def start_accelerator(config: UnlearnConfig) -> Accelerator:
             f"batch_size must be at least ranks x gradient_accumulation_steps = {parts}, one forget sequence for each, "
             f"got {config.batch_size}"
         )
+    if accelerator.device.type == "cpu":
+        # where deepspeed is installed, it would look for an accelerator and print that it has found none
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if accelerator.device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
