@@ -181,7 +181,6 @@ class UnlearnConfig:
         self._require("warmup_ratio", "between 0 and 1", 0 <= self.warmup_ratio <= 1)
         self._require("stride", "less than max_length", self.stride is None or self.stride < self.max_length)
         self._check_levers()
-        self._require("output", "the name of a folder", bool(self.output.strip()))
         self._require("alternate", "an answer", bool(self.alternate.strip()))
         self.objective()
         self._check_pieces()

@@ -81,8 +81,8 @@ options, kills, folder = json.loads(sys.argv[1]), int(sys.argv[2]), Path(sys.arg
 # here first: the children find everything imported, and are killed in the run and not before it
 unlearn(UnlearnConfig(**options, output=str(folder / "whole")))
 moments, done, runs = random.Random(0), 0, 0
-while done < kills or not (folder / str(runs) / "report.html").exists():
-    if (folder / str(runs) / "report.html").exists():
+while done < kills or not (folder / str(runs) / "complete.json").exists():
+    if (folder / str(runs) / "complete.json").exists():
         runs += 1
     pid = os.fork()
     if pid == 0:

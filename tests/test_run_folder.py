@@ -69,7 +69,7 @@ def test_a_models_config_does_not_make_a_run(config, model_dir, tmp_path):  # no
 
 def test_an_empty_name_is_no_folder(config):  # noqa: F811
     with pytest.raises(UserError, match="output must be the name of a folder, got ''"):
-        config(output="")
+        unlearn(config(output=""))
 
 
 def test_an_empty_folder_is_a_new_run_and_a_failed_start_leaves_nothing(config, tmp_path):  # noqa: F811

@@ -69,6 +69,8 @@ def unlearn(config: UnlearnConfig) -> Path:
         RunError: the run had to stop: a loss or weights that are not finite, a full disk.
         Stopped: a KeyboardInterrupt, by Ctrl-C or another signal, after a checkpoint.
     """
+    if not config.output.strip():
+        raise UserError(f"output must be the name of a folder, got {config.output!r}")
     accelerator = start_accelerator(config)
     with StopSignals() as stop, ExitStack() as held:
         on_main(accelerator, lambda: held.enter_context(run_folder.locked(config.output_dir())))

@@ -35,7 +35,7 @@ def check_finite(run: "Run") -> None:
     """
     B = run.config.batch_size
     _, batches = in_pieces([*run.forget[:B], *run.retain[:B]], packed=run.collator.packed)
-    logps = sequence_logps(run.model, run.config, run.collator, batches)
+    logps = sequence_logps(run.model, run.config, run.collator, batches, exact=run.collator.exact_ratio)
     for example, logp in zip((example for batch in batches for example in batch), logps, strict=True):
         if not math.isfinite(logp):
             raise RunError(
