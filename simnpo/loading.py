@@ -18,10 +18,10 @@ from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from simnpo.checkpoint_files import Shapes, check_finite, check_json, check_sizes, is_finite, read_shapes, weight_files
+from simnpo.digests import check_written_model
 from simnpo.errors import UserError
 from simnpo.hub_code import refuse_unasked
 from simnpo.model import refusing
-from simnpo.training.digests import check_written_model
 
 # what transformers calls the dtype to load weights in
 DTYPE = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"

@@ -14,11 +14,11 @@ import torch
 from test_resume import config, outcome, stop_after  # noqa: F401
 
 from simnpo import cli
+from simnpo.digests import check_written_model
 from simnpo.errors import RunError, UserError
 from simnpo.report import write_report
 from simnpo.training import run_folder
 from simnpo.training.checkpoint import checkpoints, newest_checkpoint, save_checkpoint
-from simnpo.training.digests import check_written_model
 from simnpo.training.loop import unlearn
 
 

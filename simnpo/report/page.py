@@ -10,13 +10,13 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from simnpo.digests import check_report_inputs
 from simnpo.errors import UserError
 from simnpo.report.examined import find_attacks, find_benchmarks, find_tofu
 from simnpo.report.plots import THEMES, nll_plot, tofu_plot, weights_plot
 from simnpo.report.verdict import judge
 from simnpo.shapes import read_json, read_lines
 from simnpo.text import visible
-from simnpo.training.digests import check_report_inputs
 from simnpo.training.disk import write_bytes, write_text
 
 SET_NAMES = {"forget": "Forget", "retain": "Retain", "heldout": "Held-out"}

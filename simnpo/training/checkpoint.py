@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from simnpo.digests import damaged_file, folder_digests
 from simnpo.errors import RunError, UserError
-from simnpo.training.digests import damaged_file, folder_digests
 from simnpo.training.disk import remove_folder, whole_folder, write_bytes, write_json
 from simnpo.training.optimizer import Optimizer
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from simnpo.config import UnlearnConfig
+from simnpo.digests import COMPLETE, damaged_file, file_digest, folder_digests, promised_digests
 from simnpo.errors import UserError
 from simnpo.shapes import read_json
 from simnpo.training.checkpoint import checkpoints, newest_checkpoint, read_state, set_aside, written_files
-from simnpo.training.digests import COMPLETE, damaged_file, file_digest, folder_digests, promised_digests
 from simnpo.training.disk import TEMPORARY, remove_folder, remove_leftovers, write_json
 
 try:
