@@ -22,6 +22,7 @@ from simnpo.training import loop
 
 FULL = os.environ.get("SIMNPO_FAULTS") == "full"
 SAMPLE = 12  # cases of each test
+PLACES = 6 if FULL else 1  # in a file, at which it is cut or changed
 STEPS = 3
 
 
@@ -149,16 +150,17 @@ def test_every_fault_gives_the_same_bits_or_a_refusal(runs, command, tmp_path, c
     if command == "resume":
         assert expected == untimed(runs.clean)
     files = sorted(contents(runs.base))
-    cases = [(name, fault) for name in files for fault in FAULTS]
+    at_places = ("truncated", "one bit flipped")
+    cases = [(name, fault, i) for name in files for fault in FAULTS for i in range(PLACES if fault in at_places else 1)]
     if command in ("attack", "evaluate"):
         # nothing else of a run is read by them
-        cases = [(name, fault) for name, fault in cases if name.startswith("model/") or "/" not in name]
+        cases = [case for case in cases if case[0].startswith("model/") or "/" not in case[0]]
     chosen = cases if FULL else random.Random(f"{command} {files}").sample(cases, min(SAMPLE, len(cases)))
     wrong = []
-    for i, (name, fault) in enumerate(chosen):
+    for i, (name, fault, place) in enumerate(chosen):
 
-        def damage(copy: Path, name=name, fault=fault) -> None:
-            FAULTS[fault](copy / name, runs.other / name, random.Random(f"{name} {fault}"))
+        def damage(copy: Path, name=name, fault=fault, place=place) -> None:
+            FAULTS[fault](copy / name, runs.other / name, random.Random(f"{name} {fault} {place}"))
 
         work = tmp_path / str(i)
         try:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from simnpo.cli import main
 from simnpo.training.run_folder import LOCK
 
 FULL = os.environ.get("SIMNPO_FAULTS") == "full"
-SIZES = {"max_examples": 80, "stateful_step_count": 12} if FULL else {"max_examples": 4, "stateful_step_count": 6}
+SIZES = {"max_examples": 150, "stateful_step_count": 12} if FULL else {"max_examples": 4, "stateful_step_count": 6}
 WATCHED = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 PLACES = ("", "checkpoints", "checkpoints/step-00000001", "checkpoints/step-00000002", "model", "plots")
@@ -78,9 +79,11 @@ def clean(options, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_any_sequence_of_events(options, clean, monkeypatch):
+def test_any_sequence_of_events(options, clean, monkeypatch, capfd):
     # the parent's pool of threads is no child's: transformers must not load weights in threads there
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
+
+    taken = []  # exit statuses
 
     class Events(RuleBasedStateMachine):
         @initialize()
@@ -89,7 +92,8 @@ def test_any_sequence_of_events(options, clean, monkeypatch):
             self.output, self.mine, self.names = self.folder / "run", {}, 0
 
         def take(self, *more: str, number: int = 0, event: int = 0) -> int:
-            return in_a_child([*options, f"--output={self.output}", *more], self.output, number, event)
+            taken.append(in_a_child([*options, f"--output={self.output}", *more], self.output, number, event))
+            return taken[-1]
 
         def tree(self) -> dict[str, bytes]:
             return contents(self.output) if self.output.exists() else {}
@@ -178,3 +182,6 @@ def test_any_sequence_of_events(options, clean, monkeypatch):
             **SIZES, deadline=None, derandomize=not FULL, database=None, suppress_health_check=list(HealthCheck)
         ),
     )
+    if FULL:
+        with capfd.disabled():
+            print(f"\nrun states: {len(taken)} runs, ended with {Counter(taken)}", flush=True)
