@@ -30,7 +30,7 @@ from simnpo.cli import main
 from simnpo.training.run_folder import LOCK
 
 FULL = os.environ.get("SIMNPO_FAULTS") == "full"
-SIZES = {"max_examples": 150, "stateful_step_count": 12} if FULL else {"max_examples": 4, "stateful_step_count": 6}
+SIZES = {"max_examples": 80, "stateful_step_count": 12} if FULL else {"max_examples": 4, "stateful_step_count": 6}
 WATCHED = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 PLACES = ("", "checkpoints", "checkpoints/step-00000001", "checkpoints/step-00000002", "model", "plots")
