@@ -142,7 +142,7 @@ PAIRS = st.fixed_dictionaries({"question": TEXTS, "answer": TEXTS}, optional={"p
 ROWS = PAIRS | st.dictionaries(st.sampled_from(KEYS), VALUES | TURNS, max_size=4)
 
 
-@some(60, 3000)
+@some(60, 1000)
 @given(row=ROWS, command=st.sampled_from(["prefix", "evaluate", "quantize", "unlearn"]))
 def test_any_row(place, tmp_path_factory, capsys, row, command):
     folder = tmp_path_factory.mktemp("row")
@@ -152,7 +152,7 @@ def test_any_row(place, tmp_path_factory, capsys, row, command):
         assert re.search(r"(rows|forget01)\.jsonl:1", error), error
 
 
-@some(60, 3000)
+@some(60, 1000)
 @given(line=st.binary(max_size=40) | st.text(alphabet='{}[]":,ptxe\\u1.\n', max_size=30).map(str.encode))
 def test_any_line(place, tmp_path_factory, capsys, line):
     folder = tmp_path_factory.mktemp("line")
@@ -252,7 +252,7 @@ def test_numbers_that_are_none(place, tmp_path, capsys, value):
             assert run(["bench", f"--{name}={value}"], capsys)[0] == 2, name
 
 
-@some(25, 2000)
+@some(25, 600)
 @given(name=st.sampled_from(UNLEARN_NUMBERS), value=st.sampled_from(NUMBERS) | st.floats().map(str))
 def test_any_number(place, tmp_path_factory, capsys, name, value):
     line = commands(place, place / "forget.jsonl", tmp_path_factory.mktemp("number"))["unlearn"]
@@ -354,7 +354,7 @@ def mutated(value: object, draw: Callable) -> object:
     return draw(st.sampled_from(odd))
 
 
-@some(60, 3000)
+@some(60, 1000)
 @given(data=st.data())
 def test_any_value_in_a_file_of_a_run(finished, tmp_path_factory, capsys, data):
     name = data.draw(st.sampled_from([name for name in finished if not name.endswith(".png")]))

@@ -22,7 +22,7 @@ from simnpo.training import loop
 
 FULL = os.environ.get("SIMNPO_FAULTS") == "full"
 SAMPLE = 12  # cases of each test
-PLACES = 6 if FULL else 1  # in a file, at which it is cut or changed
+PLACES = 3 if FULL else 1  # in a file, at which it is cut or changed
 STEPS = 3
 
 
