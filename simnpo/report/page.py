@@ -3,13 +3,14 @@
 import base64
 import difflib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
+from simnpo.config import FREE_ON_RESUME, UnlearnConfig
 from simnpo.digests import check_report_inputs
 from simnpo.errors import UserError
 from simnpo.report.examined import find_attacks, find_benchmarks, find_tofu
@@ -20,6 +21,8 @@ from simnpo.text import visible
 from simnpo.training.disk import write_bytes, write_text
 
 SET_NAMES = {"forget": "Forget", "retain": "Retain", "heldout": "Held-out"}
+# the settings that decide what comes out; a resumed run may differ in the others, and no checkpoint knows them
+DECIDING = {field.name for field in fields(UnlearnConfig)} - FREE_ON_RESUME
 MAX_ANSWERS = 200  # of a set, on the page; evaluation.json has them all
 EXAMPLE_SHAPE = {"prompt": str, "answer": (str, None), "probability": float}
 SCORES_SHAPE = {"probability": float, "nll": float, "rouge_l_recall": (float, None), "examples": [EXAMPLE_SHAPE]}
@@ -78,7 +81,7 @@ def write_report(run_dir: str | Path) -> Path:
     tofu, benchmarks, attacks = find_tofu(run_dir), find_benchmarks(run_dir), find_attacks(run_dir)
     placed = [one for one in tofu if one.forget_quality is not None and one.model_utility is not None]
     html = pages.get_template("report.html.jinja").render(
-        config=run.config,
+        config=run.config and {name: value for name, value in run.config.items() if name in DECIDING},
         summary=run.summary,
         last=run.metrics[-1] if run.metrics else None,
         verdict=judge(compared) if compared else None,
